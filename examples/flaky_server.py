@@ -1,0 +1,1328 @@
+"""A scripted, faulty LLM server, to test a streaming client against everything that goes wrong.
+
+It speaks the streaming protocols of the usual providers on the loopback interface, tells one known text, and breaks on
+request: at a byte, at an event, in the HTTP framing, in the headers, in the protocol. It is made of raw sockets,
+because an HTTP library would not let it misbehave, and of the standard library alone::
+
+    import requests
+    from flaky_server import FlakyServer
+
+    with FlakyServer(text="Once upon a time ...", script=["drop:200", "stall", "ok"]) as server:
+        url = server.url + "/v1/chat/completions"
+        reply = requests.post(url, json={"model": "m", "messages": [], "stream": True}, stream=True)
+        print(reply.content)             # ChunkedEncodingError: cut after 200 bytes of the body
+        print(server.requests[0].json)   # what the client had asked
+
+    $ python flaky_server.py --port 8000 --script drop:200,stall,ok --loop
+    $ python flaky_server.py --list
+
+Each request takes the next fault of the script, in order of arrival; past its end all goes well. A fault is written
+``name`` or ``name:argument``; several are joined with ``+`` and applied from left to right, as in
+``"pings+drop:120"``; a function ``(connection, request) -> None`` answers by itself. Bytes are those of the body before
+HTTP framing or compression; an event is whatever the protocol ends with a blank line (or a line, in NDJSON). A count
+of bytes that is left out is 400, a count of events is 3, and a cut beyond the end of the answer happens at its end.
+
+The paths, below any prefix: ``/chat/completions``, ``/completions``, ``/responses`` (with background reattachment),
+``/messages`` (Anthropic), ``/api/chat`` and ``/api/generate`` (Ollama), ``/models/M:streamGenerateContent`` (Gemini),
+``/v2/chat`` (Cohere), ``/generate_stream`` (TGI) and ``/events`` (plain server-sent events with IDs).
+
+@FAULT TABLE@
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from dataclasses import dataclass, field, replace
+from http.client import responses as REASONS
+from pathlib import Path
+from typing import (
+    Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, TypeVar, Union,
+)
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+__all__ = ["STORY", "ConnectProxy", "Connection", "FlakyServer", "Request", "fault_table", "self_signed", "transcript"]
+
+STORY = (
+    "Once upon a time a stream ran down to the sea. “Will I arrive?” it asked the stones. "
+    "“In pieces,” said the stones, “but every drop of you.” So it went on: past the naïve frog 🐸, under the café bridge, "
+    "through dry summers and broken pipes.\n\nAnd whenever it was cut, it remembered where it had been, "
+    "and went on from there, and never said anything twice. 海に着いた。 The end."
+)
+CREATED = 1700000000  # every answer claims this time, so that answers can be compared byte by byte
+TICK = 0.02           # seconds between the bytes, comments or deltas of the faults that never end
+BYTES, EVENTS = 400, 3
+ENDLESS = 1 << 40     # the length announced for a body that does not end
+
+JSON = Dict[str, Any]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Request:
+    """One request as it was received; ``query`` and ``headers`` are dicts, with the last value of a repeated name."""
+
+    def __init__(self, method: str, target: str, version: str, headers: Dict[str, str], body: bytes = b"") -> None:
+        self.method, self.target, self.version, self.headers, self.body = method, target, version, headers, body
+        parts = urlsplit(target)
+        self.path = unquote(parts.path)
+        self.query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        self.number = 0
+        self.time = time.monotonic()
+
+    @property
+    def json(self) -> Any:
+        """The body as JSON, or None if it is none."""
+        try:
+            return json.loads(self.body.decode("utf-8"))
+        except ValueError:
+            return None
+
+    @property
+    def fields(self) -> JSON:
+        """The JSON object of the body, empty if there is none."""
+        found = self.json
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def persistent(self) -> bool:
+        return self.version == "HTTP/1.1" and self.headers.get("connection", "").lower() != "close"
+
+    def __repr__(self) -> str:
+        return "<Request {} {} {}>".format(self.number, self.method, self.target)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the server says, and how; see :class:`FlakyServer`."""
+
+    text: str = STORY
+    pieces: Union[int, Sequence[str]] = 4
+    delay: float = 0.0
+    framing: str = "chunked"
+    coalesce: int = 1
+    reasoning: str = ""
+    tool_calls: Sequence[Tuple[str, str]] = ()
+    extra: Union[JSON, Callable[[int], JSON], None] = None
+    eol: Optional[str] = None
+    continuation: str = "exact"
+    reconnection_ms: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        one_of("framing", self.framing, FRAMINGS)
+        one_of("continuation", self.continuation, ("exact", "repeat", "ignore", "refuse"))
+        one_of("eol", self.eol, (None, "\n", "\r\n", "\r"))
+        if not isinstance(self.pieces, int):
+            object.__setattr__(self, "text", "".join(self.pieces))
+
+
+def one_of(name: str, value: object, known: Iterable[object]) -> None:
+    """Raise :exc:`ValueError` unless *value* is a *known* one."""
+    if value not in known:
+        raise ValueError("unknown {} {!r}, known are: {}".format(name, value, ", ".join(map(repr, known))))
+
+
+class Event(NamedTuple):
+    """Some bytes of the body. The kind says what they mean: start, delta, finish, usage, end, last (finish and end in
+    one), or other."""
+
+    data: bytes
+    kind: str = "other"
+
+    def play(self, sender: Sender) -> None:
+        sender.write(self.data)
+
+
+class Raw(NamedTuple):
+    """Bytes that bypass the framing of the body."""
+
+    data: bytes
+
+    def play(self, sender: Sender) -> None:
+        sender.connection.send(self.data)
+
+
+class Pause(NamedTuple):
+    """Silence; ends early, and the connection with it, if the client leaves."""
+
+    seconds: float
+
+    def play(self, sender: Sender) -> None:
+        sender.connection.wait(self.seconds)
+
+
+class Stop(NamedTuple):
+    """The end of the connection: drop (FIN), reset (RST), or stall (silence until the client leaves)."""
+
+    how: str
+
+    def play(self, sender: Sender) -> None:
+        getattr(sender.connection, self.how)()
+
+
+Step = Union[Event, Raw, Pause, Stop]
+Steps = Iterable[Step]
+
+
+class Closed(Exception):
+    """The connection has ended, by whichever side; unwinds its thread."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text and encoding
+# ---------------------------------------------------------------------------------------------------------------------
+
+def dumps(value: object) -> str:
+    """Return compact JSON, in plain UTF-8 where the text can be encoded so."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can carry
+        return json.dumps(value, separators=(",", ":"))
+    return text
+
+
+def slices(text: str, size: int) -> List[str]:
+    """Cut *text* in strings of *size* characters."""
+    return [text[start:start + size] for start in range(0, len(text), size)]
+
+
+def skip(pieces: Iterable[str], count: int) -> Iterator[str]:
+    """Leave out the first *count* characters of the *pieces*."""
+    for piece in pieces:
+        if len(piece) > count:
+            yield piece[count:]
+        count = max(0, count - len(piece))
+
+
+def overlap(prompt: str, text: str) -> str:
+    """Return the longest prefix of *text* that *prompt* ends with."""
+    sizes = range(min(len(prompt), len(text)), 0, -1)
+    return next((text[:size] for size in sizes if prompt.endswith(text[:size])), "")
+
+
+def plain(content: object) -> str:
+    """Return the text of a message's content: a string, or a list of parts of which some have a text."""
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
+
+
+def last_turn(messages: object, role: str = "assistant", key: str = "content") -> str:
+    """Return the text of the last message if it is the model's own: the prefix to continue."""
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    return plain(last.get(key)) if isinstance(last, dict) and last.get("role") == role else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Protocols
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Trouble(NamedTuple):
+    """An error as the protocols need it: an HTTP status, and the names that OpenAI, Anthropic and Google give it."""
+
+    status: int
+    openai: str
+    anthropic: str
+    google: str
+    message: str
+
+
+OVERLOADED = Trouble(503, "server_error", "overloaded_error", "UNAVAILABLE", "The server is overloaded, try again.")
+INVALID = Trouble(400, "invalid_request_error", "invalid_request_error", "INVALID_ARGUMENT", "The request is invalid.")
+QUOTA = Trouble(429, "insufficient_quota", "rate_limit_error", "RESOURCE_EXHAUSTED", "You exceeded your quota.")
+TROUBLES = {
+    401: Trouble(401, "authentication_error", "authentication_error", "UNAUTHENTICATED", "The key is wrong."),
+    403: Trouble(403, "permission_error", "permission_error", "PERMISSION_DENIED", "Not with this key."),
+    404: Trouble(404, "not_found_error", "not_found_error", "NOT_FOUND", "There is no such thing."),
+    429: Trouble(429, "rate_limit_exceeded", "rate_limit_error", "RESOURCE_EXHAUSTED", "Too many requests."),
+    529: OVERLOADED._replace(status=529),
+}
+
+
+def trouble_of(status: int) -> Trouble:
+    """Return the error that goes with an HTTP status."""
+    common = INVALID if status < 500 and status != 408 else OVERLOADED
+    return TROUBLES.get(status) or common._replace(status=status)
+
+
+class Refused(Exception):
+    """The request gets a JSON body with a status instead of a stream."""
+
+    def __init__(self, status: int, body: object) -> None:
+        super().__init__(status)
+        self.status, self.body = status, body
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request, and what is said to it: *text* is what remains to be said, *whole* all of it."""
+
+    request: Request
+    options: Options
+    protocol: Protocol
+    whole: str
+    text: str
+    memory: Dict[str, JSON] = field(default_factory=dict)
+    counter: Iterator[int] = field(default_factory=itertools.count)
+
+    @property
+    def model(self) -> str:
+        return str(self.request.fields.get("model") or "flaky-1")
+
+    @property
+    def pieces(self) -> List[str]:
+        """The text in the pieces of its deltas."""
+        size = self.options.pieces
+        if isinstance(size, int):
+            return slices(self.text, size)
+        if self.whole.endswith(self.text) and self.whole == self.options.text:
+            return list(skip(size, len(self.whole) - len(self.text)))
+        return slices(self.text, 4)
+
+    @property
+    def thoughts(self) -> List[str]:
+        """The reasoning in the pieces of its deltas."""
+        size = self.options.pieces
+        return slices(self.options.reasoning, size if isinstance(size, int) else 4)
+
+    @property
+    def tools(self) -> List[Tuple[int, str, str, List[str]]]:
+        """The tool calls: number, ID, name, and the arguments in pieces."""
+        return [(number, "call_{}".format(number), name, slices(arguments, 8))
+                for number, (name, arguments) in enumerate(self.options.tool_calls)]
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.pieces) + len(self.thoughts)
+
+    def id(self, prefix: str) -> str:
+        return "{}{}".format(prefix, self.request.number)
+
+    def sse(self, data: object, event: str = "", id: str = "") -> bytes:
+        """Encode one server-sent event; *data* is text as it is, or an object for JSON."""
+        eol = self.options.eol or self.protocol.eol
+        text = data if isinstance(data, str) else dumps(data)
+        lines = ["event: " + event] if event else []
+        lines += ["id: " + id] if id else []
+        lines += ["data: " + line for line in text.split("\n")]
+        return (eol.join(lines) + eol + eol).encode("utf-8")
+
+    def restart(self, text: str) -> Call:
+        """Return the call that tells quite another *text*."""
+        return replace(self, whole=text, text=text, counter=itertools.count())
+
+
+class Protocol:
+    """One provider's streaming format: the good answer as events, and how it says that something went wrong."""
+
+    name = ""
+    path = ""                    # a regular expression, matched at the end of the path
+    methods = ("POST",)
+    media = "text/event-stream"
+    eol = "\n"
+
+    def prefix(self, body: JSON, text: str) -> str:
+        """Return the part of the answer that the request already has and asks to continue."""
+        return ""
+
+    def refuses(self, call: Call, prefix: str) -> str:
+        """Return why the provider would answer 400, if it would."""
+        return "This model does not continue messages." if prefix and call.options.continuation == "refuse" else ""
+
+    def wants_stream(self, request: Request) -> bool:
+        return request.fields.get("stream") is True
+
+    def events(self, call: Call) -> Iterator[Event]:
+        """Yield the events of the good answer."""
+        raise NotImplementedError
+
+    def whole(self, call: Call) -> JSON:
+        """Return the good answer as one object, for a request that asks for no stream."""
+        raise NotImplementedError
+
+    def delta(self, call: Call, text: str) -> Event:
+        """Return one delta of text."""
+        raise NotImplementedError
+
+    def error(self, trouble: Trouble) -> JSON:
+        """Return the body of an HTTP error."""
+        return {"error": {"message": trouble.message, "type": trouble.openai, "param": None, "code": trouble.openai}}
+
+    def error_event(self, call: Call, trouble: Trouble, name: str = "") -> Event:
+        """Return the error as an event in the stream."""
+        return Event(call.sse(self.error(trouble), name))
+
+
+class OpenAIChat(Protocol):
+    """Chat Completions; the further choices of ``n`` get each piece backwards, so that none is taken for another."""
+
+    name = "openai"
+    path = "/chat/completions"
+
+    def prefix(self, body: JSON, text: str) -> str:
+        return last_turn(body.get("messages"))
+
+    def events(self, call: Call) -> Iterator[Event]:
+        indices = range(int(call.request.fields.get("n") or 1))
+        for index in indices:
+            yield self.choice(call, {"role": "assistant", "content": ""}, index, kind="start")
+        for thought in call.thoughts:
+            yield self.choice(call, {"reasoning_content": thought})
+        for piece in call.pieces:
+            for index in indices:
+                yield self.choice(call, {"content": piece[::-1] if index else piece}, index)
+        yield from self.tools(call)
+        for index in indices:
+            yield self.choice(call, {}, index, "tool_calls" if call.tools else "stop", "finish")
+        if self.counts(call):
+            yield self.chunk(call, [], "usage", usage=self.usage(call))
+        yield Event(call.sse("[DONE]"), "end")
+
+    def tools(self, call: Call) -> Iterator[Event]:
+        for number, id, name, pieces in call.tools:
+            start = {"index": number, "id": id, "type": "function", "function": {"name": name, "arguments": ""}}
+            yield self.choice(call, {"tool_calls": [start]})
+            for piece in pieces:
+                yield self.choice(call, {"tool_calls": [{"index": number, "function": {"arguments": piece}}]})
+
+    def choice(self, call: Call, delta: JSON, index: int = 0, finish: Optional[str] = None,
+               kind: str = "delta") -> Event:
+        return self.chunk(call, [{"index": index, "delta": delta, "finish_reason": finish}], kind)
+
+    def chunk(self, call: Call, choices: List[JSON], kind: str, **fields: object) -> Event:
+        chunk: JSON = {"id": call.id("chatcmpl-"), "object": "chat.completion.chunk", "created": CREATED,
+                       "model": call.model, "choices": choices}
+        if self.counts(call):
+            chunk["usage"] = None
+        chunk.update(fields)
+        chunk.update(self.extra(call))
+        return Event(call.sse(chunk), kind)
+
+    def extra(self, call: Call) -> JSON:
+        extra, number = call.options.extra, next(call.counter)
+        return extra(number) if callable(extra) else extra or {}
+
+    def counts(self, call: Call) -> bool:
+        return bool((call.request.fields.get("stream_options") or {}).get("include_usage"))
+
+    def usage(self, call: Call) -> JSON:
+        return {"prompt_tokens": 7, "completion_tokens": call.output_tokens, "total_tokens": 7 + call.output_tokens}
+
+    def delta(self, call: Call, text: str) -> Event:
+        return self.choice(call, {"content": text})
+
+    def whole(self, call: Call) -> JSON:
+        message: JSON = {"role": "assistant", "content": call.text}
+        if call.options.reasoning:
+            message["reasoning_content"] = call.options.reasoning
+        if call.tools:
+            message["tool_calls"] = [{"id": id, "type": "function", "function": {"name": name, "arguments": "".join(p)}}
+                                     for _, id, name, p in call.tools]
+        choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if call.tools else "stop"}
+        return {"id": call.id("chatcmpl-"), "object": "chat.completion", "created": CREATED, "model": call.model,
+                "choices": [choice], "usage": self.usage(call)}
+
+
+class OpenAICompletions(OpenAIChat):
+    """Legacy Completions: the prompt is continued where it ends with the beginning of the text."""
+
+    name = "openai-completions"
+    path = "/completions"
+
+    def prefix(self, body: JSON, text: str) -> str:
+        return overlap(str(body.get("prompt") or ""), text)
+
+    def events(self, call: Call) -> Iterator[Event]:
+        for piece in call.pieces:
+            yield self.delta(call, piece)
+        yield self.chunk(call, [{"index": 0, "text": "", "finish_reason": "stop"}], "finish")
+        if self.counts(call):
+            yield self.chunk(call, [], "usage", usage=self.usage(call))
+        yield Event(call.sse("[DONE]"), "end")
+
+    def delta(self, call: Call, text: str) -> Event:
+        return self.chunk(call, [{"index": 0, "text": text, "finish_reason": None}], "delta", object="text_completion")
+
+    def whole(self, call: Call) -> JSON:
+        return {"id": call.id("cmpl-"), "object": "text_completion", "created": CREATED, "model": call.model,
+                "choices": [{"index": 0, "text": call.text, "finish_reason": "stop"}], "usage": self.usage(call)}
+
+# @MORE PROTOCOLS@
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Answer:
+    """What goes over the wire in reply to one call: a head, and the steps that make the body. Faults rewrite it."""
+
+    def __init__(self, call: Call, steps: Steps, status: int = 200, media: str = "") -> None:
+        self.call, self.steps, self.status = call, steps, status
+        self.headers = {"Content-Type": media or call.protocol.media, "Cache-Control": "no-cache"}
+        self.framing = call.options.framing
+        self.endless = False
+        self.head: Callable[[bytes], Steps] = lambda head: [Raw(head)]
+
+    def plain(self, status: int, body: bytes, media: str) -> None:
+        """Become an ordinary answer with a length."""
+        self.status, self.steps, self.framing = status, [Event(body)] if body else [], "length"
+        self.headers["Content-Type"] = media
+
+    def json(self, status: int, body: object) -> None:
+        self.plain(status, dumps(body).encode("utf-8"), "application/json")
+
+    def flood(self, steps: Steps) -> None:
+        """Become an answer of *steps* that never end."""
+        self.steps, self.endless = steps, True
+
+
+Argument = Any  # what the converter of the fault made of the text after the colon
+FaultFunction = Callable[[Answer, Argument], None]
+
+
+class Fault(NamedTuple):
+    """One row of the table of faults."""
+
+    usage: str
+    apply: FaultFunction
+    convert: Callable[[str], Argument]
+    default: Argument
+
+
+FAULTS: Dict[str, Fault] = {}
+
+
+def fault(usage: str, convert: Callable[[str], Argument] = int, default: Argument = None,
+          ) -> Callable[[FaultFunction], FaultFunction]:
+    """Enter a function in the table of faults under ``name`` or ``name:ARGUMENT``; without *default*, it is needed."""
+    def enter(function: FaultFunction) -> FaultFunction:
+        FAULTS[usage.partition(":")[0]] = Fault(usage, function, convert, default)
+        return function
+    return enter
+
+
+def fault_table() -> str:
+    """Return the table of faults as reStructuredText."""
+    rows = [(row.usage, " ".join((row.apply.__doc__ or "").split())) for row in FAULTS.values()]
+    first = max(len(name) for name, _ in rows)
+    second = max(len(text) for _, text in rows)
+    rule = "{} {}".format("=" * first, "=" * second)
+    lines = ["{} {}".format(name.ljust(first), text) for name, text in rows]
+    return "\n".join([rule, *lines, rule])
+
+
+def parse_fault(text: str) -> Callable[[Answer], None]:
+    """Compile ``name:argument+name:argument`` to one function; unknown names and bad arguments are ValueErrors."""
+    parts = [compile_fault(part) for part in re.split(r"\+(?=[a-z])", text)]
+
+    def apply(answer: Answer) -> None:
+        for function, argument in parts:
+            function(answer, argument)
+    return apply
+
+
+def compile_fault(text: str) -> Tuple[FaultFunction, Argument]:
+    name, colon, argument = text.strip().partition(":")
+    if name not in FAULTS:
+        raise ValueError("unknown fault {!r}, known are: {}".format(name, " ".join(FAULTS)))
+    row = FAULTS[name]
+    if colon and ":" not in row.usage:
+        raise ValueError("fault {!r} takes no argument".format(name))
+    if not colon and ":" in row.usage and row.default is None:
+        raise ValueError("fault {!r} needs an argument: {}".format(name, row.usage))
+    try:
+        return row.apply, row.convert(argument) if colon else row.default
+    except ValueError:
+        raise ValueError("bad argument in {!r}, wanted is {}".format(text, row.usage)) from None
+
+
+# Parts of a body
+
+def first_bytes(steps: Steps, count: int) -> Iterator[Step]:
+    """Yield the steps of the first *count* bytes of the body."""
+    for step in steps:
+        if not isinstance(step, Event):
+            yield step
+        elif len(step.data) < count:
+            yield step
+            count -= len(step.data)
+        else:
+            if count:
+                yield step._replace(data=step.data[:count])
+            return
+
+
+def first_events(steps: Steps, count: int) -> Iterator[Step]:
+    """Yield the steps of the first *count* events, and take no more from *steps*, so that the rest can follow."""
+    if count < 1:
+        return
+    for step in steps:
+        yield step
+        count -= isinstance(step, Event)
+        if not count:
+            return
+
+
+def to_finish(steps: Steps) -> Iterator[Step]:
+    """Yield the steps up to the event with the finish reason."""
+    for step in steps:
+        yield step
+        if isinstance(step, Event) and step.kind in ("finish", "last"):
+            return
+
+
+def without(steps: Steps, *kinds: str) -> Iterator[Step]:
+    """Leave out the events of some *kinds*."""
+    return (step for step in steps if not (isinstance(step, Event) and step.kind in kinds))
+
+
+def inserted(answer: Answer, count: int, *steps: Step) -> None:
+    """Put *steps* after the first *count* events."""
+    rest = iter(answer.steps)
+    answer.steps = itertools.chain(first_events(rest, count), steps, rest)
+
+
+def cut(answer: Answer, count: int, *steps: Step) -> None:
+    """Put *steps* in the place of all that follows the first *count* events."""
+    answer.steps = itertools.chain(first_events(answer.steps, count), steps)
+
+
+def for_ever(answer: Answer, count: int, event: Event) -> None:
+    """After *count* events, only this *event* again and again."""
+    answer.flood(itertools.chain(first_events(answer.steps, count), itertools.cycle([Pause(TICK), event])))
+
+
+def line(answer: Answer, text: str) -> Event:
+    """Return a line of the body as it is, with the line end of the protocol, and another one in an event stream."""
+    call = answer.call
+    eol = call.options.eol or call.protocol.eol
+    ending = eol if "ndjson" in call.protocol.media else eol + eol
+    return Event((text.replace("\n", eol) + ending).encode("utf-8"))
+
+
+def comment(answer: Answer, text: str = ": ping") -> Event:
+    """Return a keep-alive: a comment, or an empty line where the protocol has no comments."""
+    return line(answer, "" if "ndjson" in answer.call.protocol.media else text)
+
+
+# Cuts
+
+@fault("ok")
+def ok(answer: Answer, _: Argument) -> None:
+    """The good answer."""
+
+
+@fault("drop:N", default=BYTES)
+def drop(answer: Answer, count: int) -> None:
+    """FIN after N bytes of the body, at the end of a chunk."""
+    answer.steps = itertools.chain(first_bytes(answer.steps, count), [Stop("drop")])
+
+
+@fault("drop-event:N", default=EVENTS)
+def drop_event(answer: Answer, count: int) -> None:
+    """FIN after N events."""
+    cut(answer, count, Stop("drop"))
+
+
+@fault("drop-chunk:N", default=BYTES)
+def drop_chunk(answer: Answer, count: int) -> None:
+    """FIN after N bytes, within a chunk that announced more."""
+    torn = Raw(b"40\r\ndata: ") if answer.framing == "chunked" else Raw(b"data: ")
+    answer.steps = itertools.chain(first_bytes(answer.steps, count), [torn, Stop("drop")])
+
+
+@fault("reset:N", default=BYTES)
+def reset(answer: Answer, count: int) -> None:
+    """RST after N bytes of the body."""
+    answer.steps = itertools.chain(first_bytes(answer.steps, count), [Stop("reset")])
+
+
+@fault("reset-event:N", default=EVENTS)
+def reset_event(answer: Answer, count: int) -> None:
+    """RST after N events."""
+    cut(answer, count, Stop("reset"))
+
+
+@fault("end:N", default=BYTES)
+def end(answer: Answer, count: int) -> None:
+    """The framing ends properly after N bytes: a truncation that HTTP does not show."""
+    answer.steps = first_bytes(answer.steps, count)
+
+
+@fault("end-event:N", default=EVENTS)
+def end_event(answer: Answer, count: int) -> None:
+    """The framing ends properly after N events."""
+    cut(answer, count)
+
+
+@fault("bad-chunk:N", default=EVENTS)
+def bad_chunk(answer: Answer, count: int) -> None:
+    """After N events the length of a chunk is no number; then FIN."""
+    cut(answer, count, Raw(b"what?\r\n"), Stop("drop"))
+
+
+# Silence and noise
+
+@fault("stall:N", default=BYTES)
+def stall(answer: Answer, count: int) -> None:
+    """N bytes of the body, then silence until the client leaves."""
+    answer.steps = itertools.chain(first_bytes(answer.steps, count), [Stop("stall")])
+
+
+@fault("stall-event:N", default=EVENTS)
+def stall_event(answer: Answer, count: int) -> None:
+    """N events, then silence until the client leaves."""
+    cut(answer, count, Stop("stall"))
+
+
+@fault("slow-first:SECONDS", float)
+def slow_first(answer: Answer, seconds: float) -> None:
+    """Headers at once, the body after SECONDS."""
+    answer.steps = itertools.chain([Pause(seconds)], answer.steps)
+
+
+@fault("drip:SECONDS", float, 0.001)
+def drip(answer: Answer, seconds: float) -> None:
+    """One byte per write, SECONDS apart."""
+    def drops(steps: Steps) -> Iterator[Step]:
+        for step in steps:
+            if not isinstance(step, Event):
+                yield step
+                continue
+            for byte in step.data:
+                yield Event(bytes([byte]))
+                yield Pause(seconds)
+    answer.steps = drops(answer.steps)
+
+
+@fault("pings:N", default=1)
+def pings(answer: Answer, count: int) -> None:
+    """N comments before each event (empty lines in NDJSON)."""
+    pair = [comment(answer)] * count
+    answer.steps = (part for step in answer.steps for part in ([*pair, step] if isinstance(step, Event) else [step]))
+
+
+@fault("ping-forever:N", default=EVENTS)
+def ping_forever(answer: Answer, count: int) -> None:
+    """After N events only comments, every 20 ms, without end."""
+    for_ever(answer, count, comment(answer))
+
+
+@fault("drip-forever:N", default=EVENTS)
+def drip_forever(answer: Answer, count: int) -> None:
+    """After N events one byte of an unfinished comment line every 20 ms (of white space in NDJSON)."""
+    byte, steps = (b" ", answer.steps) if "ndjson" in answer.call.protocol.media else (b"-", answer.steps)
+    colon = [] if byte == b" " else [Event(b":")]
+    answer.flood(itertools.chain(first_events(steps, count), colon, itertools.cycle([Pause(TICK), Event(byte)])))
+
+
+@fault("empty-deltas:N", default=EVENTS)
+def empty_deltas(answer: Answer, count: int) -> None:
+    """After N events deltas with an empty text every 20 ms, without end."""
+    for_ever(answer, count, answer.call.protocol.delta(answer.call, "")._replace(kind="other"))
+
+
+# The end
+
+@fault("no-done")
+def no_done(answer: Answer, _: Argument) -> None:
+    """All but the end marker."""
+    answer.steps = without(answer.steps, "end", "last")
+
+
+@fault("no-finish")
+def no_finish(answer: Answer, _: Argument) -> None:
+    """All but the finish reason."""
+    answer.steps = without(answer.steps, "finish", "last")
+
+
+@fault("finish-then-stall")
+def finish_then_stall(answer: Answer, _: Argument) -> None:
+    """Silence right after the finish reason."""
+    answer.steps = itertools.chain(to_finish(answer.steps), [Stop("stall")])
+
+
+@fault("finish-then-reset")
+def finish_then_reset(answer: Answer, _: Argument) -> None:
+    """RST right after the finish reason."""
+    answer.steps = itertools.chain(to_finish(answer.steps), [Stop("reset")])
+
+
+@fault("finish-then-error")
+def finish_then_error(answer: Answer, _: Argument) -> None:
+    """An error event right after the finish reason, then the end."""
+    error = answer.call.protocol.error_event(answer.call, OVERLOADED)
+    answer.steps = itertools.chain(to_finish(answer.steps), [error])
+
+
+@fault("done-then-open")
+def done_then_open(answer: Answer, _: Argument) -> None:
+    """The whole answer, but neither the framing nor the connection ends."""
+    answer.steps = itertools.chain(answer.steps, [Stop("stall")])
+
+
+# Errors in the stream
+
+@fault("error-event:N", default=EVENTS)
+def error_event(answer: Answer, count: int) -> None:
+    """After N events the protocol's error event for an overloaded server, then the end."""
+    cut(answer, count, answer.call.protocol.error_event(answer.call, OVERLOADED))
+
+
+@fault("error-event-done:N", default=EVENTS)
+def error_event_done(answer: Answer, count: int) -> None:
+    """The same, followed by ``data: [DONE]``."""
+    cut(answer, count, answer.call.protocol.error_event(answer.call, OVERLOADED), line(answer, "data: [DONE]"))
+
+
+@fault("fatal-error:N", default=EVENTS)
+def fatal_error(answer: Answer, count: int) -> None:
+    """After N events the protocol's error event for an invalid request, then the end."""
+    cut(answer, count, answer.call.protocol.error_event(answer.call, INVALID))
+
+
+@fault("named-error:N", default=EVENTS)
+def named_error(answer: Answer, count: int) -> None:
+    """After N events an ``event: error`` with the error, as Groq sends it, then the end."""
+    cut(answer, count, Event(answer.call.sse(answer.call.protocol.error(OVERLOADED), "error")))
+
+
+@fault("stray-error:N", default=EVENTS)
+def stray_error(answer: Answer, count: int) -> None:
+    """After N events a field ``error: {...}``, as old llama.cpp sends it, then the end."""
+    error = {"code": 500, "message": "The server is overloaded, try again.", "type": "server_error"}
+    cut(answer, count, line(answer, "error: " + dumps(error)))
+
+
+@fault("bare-error:N", default=EVENTS)
+def bare_error(answer: Answer, count: int) -> None:
+    """After N events a JSON error over several lines without ``data:``, as Google sends it, then the end."""
+    error = {"error": {"code": 503, "message": "The model is overloaded.", "status": "UNAVAILABLE"}}
+    cut(answer, count, line(answer, json.dumps(error, indent=2)))
+
+
+@fault("malformed:N", default=EVENTS)
+def malformed(answer: Answer, count: int) -> None:
+    """After N events a delta whose JSON is broken off, and the good answer goes on."""
+    torn = answer.call.protocol.delta(answer.call, "lost in the noise").data
+    inserted(answer, count, line(answer, torn.decode("utf-8").rstrip()[:-8]))
+
+
+@fault("garbage:N", default=EVENTS)
+def garbage(answer: Answer, count: int) -> None:
+    """After N events a harmless line of data that is no JSON, and the good answer goes on."""
+    inserted(answer, count, line(answer, "data: hello from the proxy"))
+
+
+@fault("different")
+def different(answer: Answer, _: Argument) -> None:
+    """Quite another text; to be written before other faults."""
+    call = answer.call
+    answer.steps = call.protocol.events(call.restart("Quite another story: " + call.options.text.swapcase()))
+
+
+# Other answers than a stream
+
+def parse_status(text: str) -> Tuple[int, Dict[str, str]]:
+    """Parse ``CODE:name=value:name=value``."""
+    code, *headers = re.split(r":(?=[A-Za-z-]+=)", text)
+    return int(code), dict(header.split("=", 1) for header in headers)  # type: ignore[misc]
+
+
+@fault("status:CODE[:HEADER=VALUE]", parse_status)
+def status(answer: Answer, argument: Tuple[int, Dict[str, str]]) -> None:
+    """An HTTP error with the protocol's JSON body, as in ``status:429:retry-after=2``."""
+    code, headers = argument
+    answer.json(code, answer.call.protocol.error(trouble_of(code)))
+    answer.headers.update(headers)
+
+
+@fault("quota")
+def quota(answer: Answer, _: Argument) -> None:
+    """A 429 that no waiting cures: ``insufficient_quota``."""
+    answer.json(429, answer.call.protocol.error(QUOTA))
+
+
+@fault("html:CODE", default=502)
+def html(answer: Answer, code: int) -> None:
+    """The error page of a proxy with this status."""
+    title = "{} {}".format(code, REASONS.get(code, "Unknown"))
+    page = "<html>\n<head><title>{0}</title></head>\n<body><h1>{0}</h1><hr>proxy</body>\n</html>\n".format(title)
+    answer.plain(code, page.encode("utf-8"), "text/html; charset=utf-8")
+
+
+@fault("json")
+def whole_json(answer: Answer, _: Argument) -> None:
+    """200 with the whole answer as ``application/json``, as from a server that ignores ``stream``."""
+    answer.json(200, answer.call.protocol.whole(answer.call))
+
+
+@fault("json-error")
+def json_error(answer: Answer, _: Argument) -> None:
+    """200 with an error as ``application/json``."""
+    answer.json(200, answer.call.protocol.error(OVERLOADED))
+
+
+@fault("empty")
+def empty(answer: Answer, _: Argument) -> None:
+    """200 and a stream without a byte."""
+    answer.steps = []
+
+
+@fault("redirect:URL", str)
+def redirect(answer: Answer, url: str) -> None:
+    """307 to this URL."""
+    answer.plain(307, b"", "text/plain")
+    answer.headers["Location"] = url
+
+
+# No answer, or no HTTP
+
+@fault("refuse")
+def refuse(answer: Answer, _: Argument) -> None:
+    """The connection is closed without a byte."""
+    answer.head = lambda head: [Stop("drop")]
+
+
+@fault("no-http")
+def no_http(answer: Answer, _: Argument) -> None:
+    """Something that is not HTTP, then FIN."""
+    answer.head = lambda head: [Raw(b"220 mail.example.org ESMTP ready\r\n"), Stop("drop")]
+
+
+@fault("header-cut")
+def header_cut(answer: Answer, _: Argument) -> None:
+    """FIN within the header block."""
+    answer.head = lambda head: [Raw(head[:len(head) // 2]), Stop("drop")]
+
+
+@fault("headers-stall")
+def headers_stall(answer: Answer, _: Argument) -> None:
+    """Half of the header block, then silence until the client leaves."""
+    answer.head = lambda head: [Raw(head[:len(head) // 2]), Stop("stall")]
+
+
+@fault("headers-drip:SECONDS", float, 0.05)
+def headers_drip(answer: Answer, seconds: float) -> None:
+    """The header block byte by byte, SECONDS apart; then the good answer."""
+    answer.head = lambda head: (step for byte in head for step in (Raw(bytes([byte])), Pause(seconds)))
+
+
+# Without end
+
+@fault("endless-line")
+def endless_line(answer: Answer, _: Argument) -> None:
+    """One line of data that never ends, as fast as it is read."""
+    answer.flood(itertools.chain([Event(b"data: ")], itertools.repeat(Event(b"a" * 65536))))
+
+
+@fault("endless-event")
+def endless_event(answer: Answer, _: Argument) -> None:
+    """One event of lines that never end with a blank one (of empty objects in NDJSON)."""
+    text = b"{}\n" if "ndjson" in answer.call.protocol.media else b"data: another line of the same event\n"
+    answer.flood(itertools.repeat(Event(text * 1000)))
+
+
+@fault("endless-answer")
+def endless_answer(answer: Answer, _: Argument) -> None:
+    """Good deltas of text that never end, as fast as they are read."""
+    delta = answer.call.protocol.delta(answer.call, "and so on, and so on, ").data
+    start = first_events(answer.steps, 1)
+    answer.flood(itertools.chain(start, itertools.repeat(Event(delta * 100))))
+
+
+@fault("empty-events")
+def empty_events(answer: Answer, _: Argument) -> None:
+    """A flood of blank lines and of events without data."""
+    answer.flood(itertools.repeat(Event(b"\n\nevent: nothing\n\nid\n\n:\n\n" * 2000)))
+
+
+@fault("bomb")
+def bomb(answer: Answer, _: Argument) -> None:
+    """An endless line, a thousand times larger than what is sent, by gzip."""
+    answer.framing = "gzip"
+    answer.flood(itertools.chain([Event(b"data: ")], itertools.repeat(Event(b"a" * (1 << 20)))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HTTP framing
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Sender:
+    """Sends body bytes as they are: for a length, or an end by closing."""
+
+    def __init__(self, connection: Connection, total: int) -> None:
+        self.connection, self.total = connection, total
+
+    def write(self, data: bytes) -> None:
+        self.connection.send(data)
+
+    def finish(self) -> None:
+        """End the framing properly."""
+
+
+class ChunkedSender(Sender):
+    """Each write is an HTTP chunk."""
+
+    def write(self, data: bytes) -> None:
+        if data:
+            self.connection.send(b"%X\r\n%b\r\n" % (len(data), data))
+
+    def finish(self) -> None:
+        self.connection.send(b"0\r\n\r\n")
+
+
+class OneChunkSender(Sender):
+    """The whole body is one chunk, announced at once and sent slowly."""
+
+    announced = False
+
+    def write(self, data: bytes) -> None:
+        if not self.announced:
+            self.connection.send(b"%X\r\n" % self.total)
+            self.announced = True
+        self.connection.send(data)
+        self.connection.wait(0.002)
+
+    def finish(self) -> None:
+        self.connection.send(b"\r\n0\r\n\r\n" if self.announced else b"0\r\n\r\n")
+
+
+class GzipSender(ChunkedSender):
+    """Each write is compressed, flushed and sent as a chunk."""
+
+    window = 31
+
+    def __init__(self, connection: Connection, total: int) -> None:
+        super().__init__(connection, total)
+        self.compressor = zlib.compressobj(9, zlib.DEFLATED, self.window)
+
+    def write(self, data: bytes) -> None:
+        super().write(self.compressor.compress(data) + self.compressor.flush(zlib.Z_SYNC_FLUSH))
+
+    def finish(self) -> None:
+        super().write(self.compressor.flush())
+        super().finish()
+
+
+class DeflateSender(GzipSender):
+    """The same with zlib's own header."""
+
+    window = 15
+
+
+CHUNKED = {"Transfer-Encoding": "chunked"}
+FRAMINGS: Dict[str, Tuple[Type[Sender], Dict[str, str]]] = {
+    "chunked": (ChunkedSender, CHUNKED),
+    "length": (Sender, {}),
+    "close": (Sender, {"Connection": "close"}),
+    "http10": (Sender, {"Connection": "close"}),
+    "one-chunk": (OneChunkSender, CHUNKED),
+    "gzip": (GzipSender, dict(CHUNKED, **{"Content-Encoding": "gzip"})),
+    "deflate": (DeflateSender, dict(CHUNKED, **{"Content-Encoding": "deflate"})),
+}
+
+
+def measure(answer: Answer) -> int:
+    """Return the length to announce: that of the steps, or more than they are if they do not end well."""
+    if answer.endless:
+        return ENDLESS
+    answer.steps = steps = list(answer.steps)
+    total = sum(len(step.data) for step in steps if isinstance(step, Event))
+    broken = any(isinstance(step, (Stop, Raw)) for step in steps)
+    return total + 1000 if broken else total
+
+
+def grouped(steps: Steps, size: int) -> Iterator[Step]:
+    """Join *size* events in one; any other step sends what has been joined."""
+    waiting: List[bytes] = []
+    for step in steps:
+        if isinstance(step, Event):
+            waiting.append(step.data)
+        if waiting and (len(waiting) == size or not isinstance(step, Event)):
+            yield Event(b"".join(waiting), "delta")
+            waiting = []
+        if not isinstance(step, Event):
+            yield step
+    if waiting:
+        yield Event(b"".join(waiting), "delta")
+
+
+def paced(steps: Steps, delay: float) -> Iterator[Step]:
+    """Put a pause before each delta."""
+    for step in steps:
+        if isinstance(step, Event) and step.kind == "delta":
+            yield Pause(delay)
+        yield step
+
+
+def header_block(answer: Answer, headers: Dict[str, str], version: str) -> bytes:
+    reason = REASONS.get(answer.status, "Unknown")
+    lines = ["HTTP/{} {} {}".format(version, answer.status, reason)]
+    lines += ["{}: {}".format(name, value) for name, value in headers.items()]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def send_answer(connection: Connection, answer: Answer) -> bool:
+    """Play the whole answer; true if the connection can take another request."""
+    options, request = answer.call.options, answer.call.request
+    framing = answer.framing
+    if framing not in ("length", "close", "http10") and request.version != "HTTP/1.1":
+        framing = "close"
+    sender_class, extra = FRAMINGS[framing]
+    total = measure(answer) if framing in ("length", "one-chunk") else 0
+    headers = dict(answer.headers, **extra)
+    if framing == "length" and answer.status != 204:
+        headers["Content-Length"] = str(total)
+    persistent = request.persistent and headers.get("Connection") != "close"
+    if not persistent:
+        headers["Connection"] = "close"
+    sender = sender_class(connection, total)
+    steps = grouped(answer.steps, options.coalesce) if options.coalesce > 1 else answer.steps
+    steps = paced(steps, options.delay) if options.delay else steps
+    head = header_block(answer, headers, "1.0" if framing == "http10" else "1.1")
+    for step in itertools.chain(answer.head(head), steps):
+        step.play(sender)
+    sender.finish()
+    return persistent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Connections
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Connection:
+    """One accepted TCP connection. Its methods raise :exc:`Closed` once either side has ended it."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self.sock, self.deadline = sock, deadline
+        self.received = b""
+
+    def send(self, data: bytes) -> None:
+        """Send all of *data*, for as long as the client takes."""
+        try:
+            self.sock.settimeout(self.remaining())
+            self.sock.sendall(data)
+        except (OSError, ValueError):
+            self.drop()
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, unless the client leaves or the server stops."""
+        end = min(time.monotonic() + seconds, self.deadline)
+        while True:
+            rest = end - time.monotonic()
+            if rest <= 0:
+                return
+            self.receive(rest)
+
+    def receive(self, timeout: float) -> None:
+        """Add to :attr:`received` what comes within *timeout* seconds."""
+        try:
+            self.sock.settimeout(max(timeout, 0.001))
+            data = self.sock.recv(65536)
+        except socket.timeout:
+            return
+        except (OSError, ValueError):
+            data = b""
+        if not data:
+            self.drop()
+        self.received += data
+
+    def remaining(self) -> float:
+        """Return the seconds until the server stops, and end the connection if it has."""
+        rest = self.deadline - time.monotonic()
+        if rest <= 0:
+            self.drop()
+        return rest
+
+    def read_until(self, mark: bytes, limit: int = 1 << 20) -> bytes:
+        """Return what comes before *mark*, and drop the mark."""
+        while mark not in self.received:
+            if len(self.received) > limit:
+                self.drop()
+            self.receive(self.remaining())
+        data, _, self.received = self.received.partition(mark)
+        return data
+
+    def read(self, size: int) -> bytes:
+        while len(self.received) < size:
+            self.receive(self.remaining())
+        data, self.received = self.received[:size], self.received[size:]
+        return data
+
+    def drop(self) -> None:
+        """Close with FIN (without the farewell of TLS)."""
+        self.sock.close()
+        raise Closed
+
+    def reset(self) -> None:
+        """Close with RST, once what was sent has had the time to arrive."""
+        self.wait(TICK)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.drop()
+
+    def stall(self) -> None:
+        """Be silent until the client leaves or the server stops."""
+        while True:
+            self.receive(self.remaining())
+
+    def close(self) -> None:
+        """Close with all the ceremony that TLS asks for."""
+        if isinstance(self.sock, ssl.SSLSocket):
+            try:
+                self.sock.settimeout(0.2)
+                self.sock.unwrap()
+            except (OSError, ValueError):
+                pass
+        self.drop()
+
+    def wake(self) -> None:
+        """End the connection from another thread, which finds it closed at its next move."""
+        try:
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+
+def read_request(connection: Connection) -> Request:
+    """Read one request with its body."""
+    lines = connection.read_until(b"\r\n\r\n").decode("latin-1").lstrip("\r\n").split("\r\n")
+    method, _, rest = lines[0].partition(" ")
+    target, _, version = rest.rpartition(" ")
+    pairs = (line.partition(":") for line in lines[1:])
+    headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
+    return Request(method, target, version, headers, read_body(connection, headers))
+
+
+def read_body(connection: Connection, headers: Dict[str, str]) -> bytes:
+    if "chunked" not in headers.get("transfer-encoding", "").lower():
+        return connection.read(int(headers.get("content-length") or 0))
+    body = b""
+    while True:
+        size = int(connection.read_until(b"\r\n").split(b";")[0], 16)
+        body += connection.read(size)
+        connection.read_until(b"\r\n")
+        if not size:
+            return body
+
+
+Self = TypeVar("Self", bound="Listener")
+
+
+class Listener:
+    """A loopback server with a thread for each connection; a context manager that leaves nothing behind."""
+
+    def __init__(self, port: int = 0, tls: Optional[ssl.SSLContext] = None, lifetime: float = 60) -> None:
+        self.requests: List[Request] = []
+        self.connections = 0
+        self._port, self._tls, self._lifetime = port, tls, lifetime
+        self._lock = threading.Lock()
+        self._open: Set[Connection] = set()
+        self._threads: Set[threading.Thread] = set()
+        self._deadline = 0.0
+
+    def __enter__(self: Self) -> Self:
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind(("127.0.0.1", self._port))
+        self._socket.listen(1024)
+        self._socket.settimeout(0.1)
+        self._port = self._socket.getsockname()[1]
+        self._deadline = time.monotonic() + self._lifetime
+        self._acceptor = threading.Thread(target=self._accept, name="flaky-accept", daemon=True)
+        self._acceptor.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        return "{}://127.0.0.1:{}".format("https" if self._tls else "http", self._port)
+
+    @property
+    def port(self) -> int:
+        return self._port
+
+    @property
+    def running(self) -> bool:
+        return time.monotonic() < self._deadline
+
+    @property
+    def open_connections(self) -> int:
+        """The connections that neither side has ended yet."""
+        with self._lock:
+            return len(self._open)
+
+    def stop(self) -> None:
+        """End all connections and threads."""
+        self._deadline = 0.0
+        wake(self._socket)
+        self._acceptor.join(5)
+        with self._lock:
+            threads = list(self._threads)
+            for connection in self._open:
+                connection.deadline = 0.0
+                connection.wake()
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(5)
+
+    def _accept(self) -> None:
+        with self._socket:
+            while self.running:
+                try:
+                    sock, _ = self._socket.accept()
+                except OSError:  # the timeout, or the end
+                    continue
+                self._start(sock)
+
+    def _start(self, sock: socket.socket) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection = Connection(sock, self._deadline)
+        thread = threading.Thread(target=self._run, args=(connection,), name="flaky-connection", daemon=True)
+        with self._lock:
+            self.connections += 1
+            self._open.add(connection)
+            self._threads.add(thread)
+        thread.start()
+
+    def _run(self, connection: Connection) -> None:
+        try:
+            if self._tls:
+                connection.sock.settimeout(connection.remaining())
+                connection.sock = self._tls.wrap_socket(connection.sock, server_side=True)
+            while self.handle(connection):
+                pass
+            connection.close()
+        except (Closed, OSError, ValueError):  # or a handshake that failed, or a request that is none
+            pass
+        finally:
+            connection.sock.close()
+            with self._lock:
+                self._open.discard(connection)
+                self._threads.discard(threading.current_thread())
+
+    def record(self, request: Request) -> None:
+        """Number the request and add it to :attr:`requests`."""
+        with self._lock:
+            self.requests.append(request)
+            request.number = len(self.requests)
+
+    def handle(self, connection: Connection) -> bool:
+        """Read and answer one request; true if another one may follow."""
+        raise NotImplementedError

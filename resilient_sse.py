@@ -1,0 +1,7474 @@
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 The resilient_sse authors
+"""Read an LLM's stream from synchronous Python: the whole answer, once, or one error.
+
+The loop of every tutorial (``requests.post(..., stream=True)``, ``iter_lines``,
+``json.loads``) takes a cut answer for a whole one, hangs behind keep-alive pings,
+prints a text twice when it tries again and sends your key along a redirect.  This
+file is that loop done right.  Copy it beside your script; it needs only requests::
+
+    from resilient_sse import stream_chat
+
+    for tok in stream_chat("Tell me a story", model="gpt-4o-mini"):
+        print(tok, end="", flush=True)
+
+What the loop yields is the answer to its last character; otherwise it raises one
+:exc:`StreamingError` that carries everything received (``.text``, ``.result``) and
+what was tried (``.history``).
+
+The map (each section needs only those above it; search for ``# N.``):
+
+ 1. Errors                       what can go wrong, as one tree
+ 2. Records and options          the values that flow, the knobs that exist
+ 3. Event stream decoder         bytes -> ServerSentEvent, as WHATWG wrote it
+ 4. Answer                       what a stream has said so far
+ 5. Provider errors              any error body -> APIError
+ 6. Dialects                     one small class a provider
+ 7. Intake                       bytes of a body -> pieces of the answer
+ 8. Recovery                     what to do after a failure, and when
+
+ ------------------------------- I/O starts here -------------------------------
+
+ 9. Watchdog                     one thread that ends what outlives its time
+10. Transport                    one request, its response, every byte at once
+11. Chat streams                 stream_chat, complete_chat, ChatStream
+12. Event streams                stream_events, for any SSE endpoint
+
+ ------------------------ optional: may be cut off here ------------------------
+
+13. Health monitor               many streams -> one report
+14. Stream trace                 one stream -> a report for a bug tracker
+15. Notebook display             live Markdown
+16. Command line                 python resilient_sse.py --help
+
+Specification: https://html.spec.whatwg.org/multipage/server-sent-events.html
+Upstream: https://pypi.org/project/resilient-sse/ (the licence is the last block)
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import copy
+import email.utils
+import heapq
+import http.client
+import http.cookiejar
+import itertools
+import json as jsonlib
+import logging
+import math
+import operator
+import os
+import random
+import re
+import socket
+import ssl
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    NamedTuple,
+    NoReturn,
+    TypeVar,
+    cast,
+)
+from urllib.parse import quote, urlsplit, urlunsplit
+
+import requests
+from requests.adapters import HTTPAdapter
+from requests.structures import CaseInsensitiveDict
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DIALECTS",
+    "APIError",
+    "Answer",
+    "ChatResult",
+    "ChatStream",
+    "Delta",
+    "Dialect",
+    "EventStream",
+    "IncompleteStreamError",
+    "Limits",
+    "MalformedStreamError",
+    "Observer",
+    "RequestRecord",
+    "ResumeMismatchError",
+    "Retry",
+    "SSEDecoder",
+    "ServerSentEvent",
+    "StreamAbortedError",
+    "StreamConnectionError",
+    "StreamLimitError",
+    "StreamMonitor",
+    "StreamRecord",
+    "StreamStats",
+    "StreamTimeoutError",
+    "StreamTrace",
+    "StreamingError",
+    "Timeouts",
+    "ToolCall",
+    "Usage",
+    "complete_chat",
+    "main",
+    "stream_chat",
+    "stream_events",
+]
+
+logger = logging.getLogger(__name__)
+logger.addHandler(logging.NullHandler())
+
+
+# ---------------------------------------------------------------------------
+# 1. Errors
+# ---------------------------------------------------------------------------
+# One tree.  Retrying changes how often something is tried, never which type the
+# caller sees at the end.  Message texts are for people and are not API.
+#
+#   StreamingError
+#     StreamConnectionError      could not connect, or the connection dropped
+#     StreamTimeoutError         a time limit of Timeouts passed (a TimeoutError too)
+#     IncompleteStreamError      ended cleanly without completing
+#       ResumeMismatchError      the replay differs from what was handed out
+#     APIError                   the provider said no: HTTP status or error event
+#     MalformedStreamError       not an event stream, or too much malformed data
+#     StreamLimitError           a limit of Limits was reached
+#     StreamAbortedError         close() from another thread
+
+
+def _revive(
+    kind: type[StreamingError], args: tuple[Any, ...], facts: dict[str, Any]
+) -> StreamingError:
+    error = kind(*args)
+    error.__dict__.update(facts)
+    return error
+
+
+class StreamingError(Exception):
+    """A stream did not complete; what it had said is kept on the error.
+
+    :param message: what happened, after how much, and what to do about it.
+    :param facts: the attributes below, and those of the subclass.
+
+    Every error can be pickled, with all of these:
+    """
+
+    #: The text that was handed out (for :func:`complete_chat`: received) so far.
+    text: str = ""
+    #: The :class:`ChatResult` of what was received; None for event streams.
+    result: ChatResult | None = None
+    #: One :class:`RequestRecord` for each request that was made.
+    history: tuple[RequestRecord, ...] = ()
+    #: Whether the same request may succeed when it is sent again.
+    retryable: bool = False
+    #: When it happened: ``connect``, ``request`` (sending, and waiting for the
+    #: headers), ``first token``, ``stream`` or ``end`` (behind a finish reason).
+    phase: str = ""
+
+    def __init__(self, message: str = "", **facts: Any) -> None:
+        super().__init__(message)
+        self.__dict__.update(facts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _revive, (type(self), self.args, dict(self.__dict__))
+
+
+class StreamConnectionError(StreamingError):
+    """The connection could not be made, or broke; ``.phase`` says when."""
+
+
+class StreamTimeoutError(StreamingError, TimeoutError):
+    """A limit of :class:`Timeouts` passed; ``.kind`` is the name of its field."""
+
+    kind: str = ""
+
+
+class IncompleteStreamError(StreamingError):
+    """The body ended cleanly, but neither end marker nor finish reason was seen."""
+
+
+class ResumeMismatchError(IncompleteStreamError):
+    """The replay of a dropped answer differs from what was handed out before."""
+
+
+class APIError(StreamingError):
+    """The provider refused or failed: by an HTTP status, or inside the stream."""
+
+    #: The HTTP status, or the status named by an error event; None if neither.
+    status: int | None = None
+    #: The provider's own error code and type, as sent; None if absent.
+    code: str | int | None = None
+    type: str | None = None
+    #: The body of the error as text, at most 64 KiB of it.
+    body: str = ""
+    #: The provider's name for this request, for its support desk.
+    request_id: str | None = None
+    #: Seconds that the provider asked to wait; None if it did not.
+    retry_after: float | None = None
+
+
+class MalformedStreamError(StreamingError):
+    """What came is not an event stream, or too much of it is malformed."""
+
+
+class StreamLimitError(StreamingError):
+    """A limit of :class:`Limits` was reached; ``.limit`` is the name of its field."""
+
+    limit: str = ""
+
+
+class StreamAbortedError(StreamingError):
+    """The stream was closed by another thread than the one that reads it."""
+
+
+# ---------------------------------------------------------------------------
+# 2. Records and options
+# ---------------------------------------------------------------------------
+# Records are values that flow: tuples, immutable, cheap.  Options are what a caller
+# chooses: frozen, comparable, checked when they are made.  Times are seconds; None
+# means "no limit", never 0.
+
+
+class ServerSentEvent(NamedTuple):
+    """One event of an event stream, as the WHATWG specification dispatches it.
+
+    :param event: the event type; ``message`` where the stream names none.
+    :param data: its data lines, joined with line feeds.
+    :param id: the last event ID at the time of its dispatch; "" if never set.
+    """
+
+    event: str
+    data: str
+    id: str
+
+
+class Delta(NamedTuple):
+    """One piece of an answer.
+
+    :param kind: ``text``, ``reasoning``, ``refusal`` or ``tool_call``.
+    :param text: the piece itself; for a tool call a fragment of its arguments.
+    :param index: the choice it belongs to (0 unless ``n`` > 1 was asked for).
+    :param data: for a tool call ``{"index", "id", "name"}`` of the call; else None.
+    """
+
+    kind: str
+    text: str
+    index: int = 0  # type: ignore[assignment]  # hides tuple.index, which nobody needs
+    data: dict[str, Any] | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Usage(NamedTuple):
+    """Tokens billed for the last request; a count that was not sent is None.
+
+    :param input_tokens: tokens of the prompt.
+    :param output_tokens: tokens of the answer, reasoning included, as billed.
+    :param raw: the provider's own object.
+    """
+
+    input_tokens: int | None
+    output_tokens: int | None
+    raw: dict[str, Any]
+
+
+class ToolCall(NamedTuple):
+    """A tool call that was received whole.
+
+    :param id: what the answer to the call must quote; None where there is none.
+    :param name: the tool's name.
+    :param arguments: JSON text (``{}`` for none); free text for custom tools.
+    """
+
+    id: str | None
+    name: str
+    arguments: str
+
+
+class RequestRecord(NamedTuple):
+    """One request of a call, and what ended it.
+
+    :param attempt: its number, counted from 1.
+    :param action: why it was made: ``start``, ``retry``, ``continue``, ``ask``,
+        ``replay``, ``reattach`` or ``restart``.
+    :param error: the name of the error type that ended it; "" for a good end.
+    :param message: that error's message.
+    :param wait: seconds waited after it; None if nothing followed.
+    :param usage: the usage it reported, if it lived to do so.
+    :param seconds: how long it took.
+    """
+
+    attempt: int
+    action: str
+    error: str
+    message: str
+    wait: float | None
+    usage: Usage | None
+    seconds: float
+
+
+class StreamStats(NamedTuple):
+    """Counts of one call over all its requests.
+
+    ``bytes`` are those of the bodies (decompressed), ``events`` the dispatched
+    events, ``deltas`` the non-empty pieces received, ``malformed`` the data that was
+    ignored, ``cut_tool_calls`` the calls that were not received whole, and
+    ``text_dropped`` the characters that ``Limits.text`` did not keep.
+    """
+
+    malformed: int = 0
+    bytes: int = 0
+    events: int = 0
+    deltas: int = 0
+    requests: int = 0
+    retries: int = 0
+    first_token_seconds: float | None = None
+    seconds: float = 0.0
+    cut_tool_calls: int = 0
+    text_dropped: int = 0
+
+
+@dataclass(frozen=True)
+class ChatResult:
+    """Everything an answer brought.
+
+    :param text: the visible text of choice 0.
+    :param reasoning: its reasoning (thinking), as far as the provider shows it.
+    :param refusal: the refusal, where the provider marks it as such.
+    :param tool_calls: the calls of choice 0 that came whole.
+    :param choices: text by choice, for ``n`` > 1.
+    :param message: the assistant turn in the dialect's own form: append it to
+        ``messages`` for the next turn.
+    :param finish_reason: ``stop``, ``length``, ``tool_calls``, ``content_filter`` or
+        ``other``; None if none was sent.
+    :param raw_finish_reason: the provider's own word for it.
+    :param usage: of the last request; None if never seen.
+    :param model: the model that the provider says has answered.
+    :param id: the provider's ID of the answer.
+    :param headers: of the last response (request ID, rate limits).
+    :param history: one record for each request.
+    :param seams: offsets in ``text`` where another request took over.
+    :param stats: counts.
+    """
+
+    text: str
+    reasoning: str
+    refusal: str
+    tool_calls: tuple[ToolCall, ...]
+    choices: dict[int, str]
+    message: Any
+    finish_reason: str | None
+    raw_finish_reason: str | None
+    usage: Usage | None
+    model: str | None
+    id: str | None
+    headers: Mapping[str, str]
+    history: tuple[RequestRecord, ...]
+    seams: tuple[int, ...]
+    stats: StreamStats
+
+
+class StreamRecord(NamedTuple):
+    """What an :class:`Observer` is told.
+
+    :param what: ``start``, ``request``, ``response``, ``chunk``, ``event``,
+        ``token``, ``retry``, ``restart``, ``error`` or ``complete``.
+    :param stream: the number of the stream in this process.
+    :param seconds: since the stream began.
+    :param attempt: the request it belongs to, counted from 1; 0 before the first.
+    :param why: one line for people; never a key, a prompt or a body.
+    :param data: by ``what``, see :class:`Observer`.
+    """
+
+    what: str
+    stream: int
+    seconds: float
+    attempt: int
+    why: str
+    data: Any
+
+    def __str__(self) -> str:
+        if self.what == "token":
+            return str(self.data)
+        place = f"stream {self.stream}, request {self.attempt}"
+        return f"{self.seconds:8.3f} s  {place}  {self.what}: {self.why}"
+
+
+if TYPE_CHECKING:  # type aliases are no code: 3.7 cannot run them
+    Piece = str | Delta
+    Messages = str | Sequence[Any]
+    Hook = Callable[[StreamRecord], Any]
+    ResumeMode = str | Callable[[dict[str, Any], str], dict[str, Any]]
+
+
+class Observer:
+    """Sees what a stream does, and never steers it.
+
+    Subclass it, or pass plain functions: ``Observer(on_token=print)``.  Every method
+    is given one :class:`StreamRecord`, on the caller's thread; an exception in it
+    closes the stream and reaches the caller.  ``on_start`` comes first, and exactly
+    one of ``on_complete`` and ``on_error`` last.
+
+    ============ ===============================================================
+    method       ``record.data``
+    ============ ===============================================================
+    on_start     dict: ``model dialect url`` (the URL without its query)
+    on_request   dict: ``method url action headers body_bytes`` (secrets masked)
+    on_response  dict: ``status headers``
+    on_chunk     bytes of the body, decompressed
+    on_event     :class:`ServerSentEvent`
+    on_token     :class:`Delta`; the record's ``str()`` is its text
+    on_retry     dict: ``error wait action``, before the wait
+    on_restart   the same: what was shown so far is void, the answer starts over
+    on_error     the :class:`StreamingError` that ended the stream for good
+                 (:exc:`StreamAbortedError` where the caller left early)
+    on_complete  :class:`ChatResult`; for event streams :class:`StreamStats`
+    ============ ===============================================================
+    """
+
+    def __init__(self, **hooks: Hook) -> None:
+        for name, hook in hooks.items():
+            if not (name.startswith("on_") and hasattr(Observer, name)):
+                known = [n for n in vars(Observer) if n.startswith("on_")]
+                raise TypeError("no hook {!r}: use {}".format(name, ", ".join(known)))
+            setattr(self, name, hook)
+
+    def on_start(self, record: StreamRecord) -> None:
+        """Called before the first request."""
+
+    def on_request(self, record: StreamRecord) -> None:
+        """Called before each request is sent."""
+
+    def on_response(self, record: StreamRecord) -> None:
+        """Called when the headers of a response are in."""
+
+    def on_chunk(self, record: StreamRecord) -> None:
+        """Called for each read of the body."""
+
+    def on_event(self, record: StreamRecord) -> None:
+        """Called for each event of the stream."""
+
+    def on_token(self, record: StreamRecord) -> None:
+        """Called for each delta, just before it is handed out."""
+
+    def on_retry(self, record: StreamRecord) -> None:
+        """Called when another request is decided on, before the wait."""
+
+    def on_restart(self, record: StreamRecord) -> None:
+        """Called when the answer starts over and what was shown is void."""
+
+    def on_error(self, record: StreamRecord) -> None:
+        """Called once, when the stream ends without having completed."""
+
+    def on_complete(self, record: StreamRecord) -> None:
+        """Called once, when the stream has completed."""
+
+
+def _check_whole(option: Any, names: Iterable[str], least: int) -> None:
+    """Check fields that are whole numbers, or None for "no limit"."""
+    for name in names:
+        value = getattr(option, name)
+        where = f"{type(option).__name__}({name}={value!r})"
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{where}: needs a whole number, or None for no limit")
+        if value < least:
+            raise ValueError(f"{where}: needs {least} or more, or None for no limit")
+
+
+def _check_seconds(option: Any, name: str) -> None:
+    """Check a field that is a number of seconds."""
+    value = getattr(option, name)
+    where = f"{type(option).__name__}({name}={value!r})"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{where}: needs seconds")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{where}: needs 0 seconds or more")
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long each part of a call may take, in seconds; None for no limit.
+
+    :param connect: for TCP and TLS.  10 s: a healthy network needs less than one.
+    :param first_token: from sending a request to its first delta.  300 s: long
+        prompts and queues take minutes, and pings must not make them endless.
+    :param read: silence on the socket once deltas have begun; any byte resets it.
+        120 s: providers ping far more often.
+    :param idle: time without progress.  A delta of any kind, a finish, new usage and
+        the provider's typed events (search, code, item) are progress; comments,
+        pings and empty deltas are not.  It counts before the first delta only where
+        ``first_token`` is None.  300 s, as ``first_token``.
+    :param total: wall time of the whole call over all requests, waits and reads;
+        every other bound is clamped to what is left of it.  None: only the caller
+        knows how long an answer is worth waiting for.
+
+    Time that the caller spends between two deltas counts for ``total`` only.  After a
+    finish reason the rest is waited for at most ``min(read, 5)`` seconds.
+    """
+
+    connect: float | None = 10.0
+    first_token: float | None = 300.0
+    read: float | None = 120.0
+    idle: float | None = 300.0
+    total: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) is None:
+                continue
+            _check_seconds(self, field.name)
+            if getattr(self, field.name) == 0:
+                raise ValueError(f"Timeouts({field.name}=0): None means no limit")
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How often, and how patiently, a failed request is made again.
+
+    :param attempts: requests of one call, the first and those that resume included:
+        each may be billed.  6 ride out a minute of trouble.  For event streams, and
+        for reattaching, only requests in a row without a new event count.
+    :param wait_initial: upper bound of the first wait; it doubles with every further
+        one.  The wait is drawn evenly between 0 and the bound ("full jitter"), so
+        that many clients do not come back at once.
+    :param wait_max: upper bound of every drawn wait.
+    :param retry_after_max: the longest wait that a server may ask for; beyond it the
+        error is raised at once and says how long the server wanted.
+    """
+
+    attempts: int = 6
+    wait_initial: float = 1.0
+    wait_max: float = 30.0
+    retry_after_max: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.attempts is None:
+            raise TypeError("Retry(attempts=None): needs a number, such as 6")
+        _check_whole(self, ["attempts"], 1)
+        for name in ("wait_initial", "wait_max", "retry_after_max"):
+            _check_seconds(self, name)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a stream may cost in memory; None for no limit.
+
+    :param line: bytes of one line of the stream.  16 MiB: base64 images fit.
+    :param event: bytes of one event (its comments included).
+    :param text: characters of text that are kept, for each of the visible text, the
+        reasoning and other choices.  Past it deltas still flow, but resuming is off,
+        ``stats.text_dropped`` counts and :func:`complete_chat` raises.
+    :param malformed: pieces of malformed data that are ignored before it is an error.
+    """
+
+    line: int | None = 16 * 1024 * 1024
+    event: int | None = 16 * 1024 * 1024
+    text: int | None = 16 * 1024 * 1024
+    malformed: int | None = 10
+
+    def __post_init__(self) -> None:
+        _check_whole(self, ["line", "event", "text"], 1)
+        _check_whole(self, ["malformed"], 0)
+
+
+# ---------------------------------------------------------------------------
+# 3. Event stream decoder
+# ---------------------------------------------------------------------------
+# Bytes in, events out, no I/O.  The algorithm is that of the WHATWG HTML standard,
+# section "Interpreting an event stream".  Two steps: _frame cuts off the complete
+# blocks (lines up to a blank line), _parse turns blocks into events.  Every byte is
+# looked at a bounded number of times, however the input is split.
+
+_BOM = codecs.BOM_UTF8
+_FIELDS = ("", "data", "event", "id", "retry")
+_STRAY_LINES = 256
+
+
+def _new_events(
+    data: list[str], last_event_id: str
+) -> list[ServerSentEvent]:  # as fast as tuples can be made: no Python code per event
+    rows = zip(itertools.repeat("message"), data, itertools.repeat(last_event_id))
+    made = map(tuple.__new__, itertools.repeat(ServerSentEvent), rows)
+    return cast("list[ServerSentEvent]", list(made))
+
+
+class SSEDecoder:
+    """Decode an event stream: feed it bytes as they come, get events as they end.
+
+    :param last_event_id: the ID to begin with, when a stream is reconnected.
+    :param limits: ``line`` and ``event`` bound what is held back.
+
+    Each event is given with its last byte.  A limit passed in the middle of a chunk
+    does not lose the events before it: they are returned, and the next call raises.
+
+    >>> SSEDecoder().feed(b"data: hello\\n\\n")
+    [ServerSentEvent(event='message', data='hello', id='')]
+    """
+
+    def __init__(self, *, last_event_id: str = "", limits: Limits = Limits()) -> None:
+        #: The last event ID, as a reconnecting client must send it.
+        self.last_event_id = last_event_id
+        #: The server's reconnection time in seconds; None if it never sent one.
+        self.reconnection_time: float | None = None
+        self._limits = limits
+        self._head = b""  # the first bytes, until they are known not to be a BOM
+        self._headless = True
+        self._after_cr = False
+        self._pending = bytearray()  # the unfinished block
+        self._line = 0  # how many of its bytes belong to the unfinished line
+        self._excess = ""  # the limit that was passed
+        self._stray: list[str] = []  # lines of unknown fields: some servers err there
+
+    def feed(self, chunk: bytes) -> list[ServerSentEvent]:
+        """Decode the next bytes.
+
+        :param chunk: any number of bytes, split anywhere.
+        :returns: the events that they complete.
+        :raises StreamLimitError: a line or an event is too large.
+        """
+        self._check()
+        events = self._parse(self._frame(chunk))
+        if not events:
+            self._check()
+        return events
+
+    def close(self) -> int:
+        """End the stream; an unfinished event is discarded, as the standard says.
+
+        :returns: how many bytes were discarded; 0 for a clean end.
+        :raises StreamLimitError: a limit was passed by the last chunk.
+        """
+        self._check()
+        rest = self._head + bytes(self._pending)
+        for line in rest.decode("utf-8", "replace").split("\n"):
+            self._note_stray(line)
+        self._head = b""
+        self._pending.clear()
+        self._line = 0
+        return len(rest)
+
+    def _check(self) -> None:
+        if self._excess:
+            raise StreamLimitError(
+                "the stream has {} of more than {} bytes; Limits({}=...) allows more".format(
+                    "a line" if self._excess == "line" else "an event",
+                    getattr(self._limits, self._excess),
+                    self._excess,
+                ),
+                limit=self._excess,
+            )
+
+    def _normalise(self, chunk: bytes) -> bytes:
+        """Drop the BOM, and make every line end a line feed."""
+        if self._headless:
+            chunk = self._head + chunk
+            if len(chunk) < len(_BOM) and _BOM.startswith(chunk):
+                self._head = chunk
+                return b""
+            self._headless, self._head = False, b""
+            chunk = chunk[len(_BOM) if chunk.startswith(_BOM) else 0 :]
+        if self._after_cr and chunk:
+            self._after_cr = False
+            chunk = chunk[chunk.startswith(b"\n") :]
+        if b"\r" in chunk:
+            self._after_cr = chunk.endswith(b"\r")
+            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        return chunk
+
+    def _frame(self, chunk: bytes) -> str:
+        """Return the text of all complete blocks; keep the rest."""
+        if self._headless or self._after_cr or b"\r" in chunk:
+            chunk = self._normalise(chunk)
+        cut = chunk.rfind(b"\n\n") + 2
+        if cut == 1:  # not found; but the blank line may begin in the bytes kept
+            cut = 1 if not self._line and chunk.startswith(b"\n") else 0
+        if not cut:
+            self._keep(chunk)
+            return ""
+        region = bytes(self._pending) + chunk[:cut] if self._pending else chunk[:cut]
+        self._pending.clear()
+        self._line = 0
+        region = self._bounded(region)
+        if cut < len(chunk):
+            self._keep(chunk[cut:])
+        return region.decode("utf-8", "replace")
+
+    def _keep(self, chunk: bytes) -> None:
+        if self._excess:
+            return
+        lines = chunk.split(b"\n")
+        longest = max(self._line + len(lines[0]), max(map(len, lines)))
+        self._line = len(lines[-1]) + (self._line if len(lines) == 1 else 0)
+        self._pending += chunk
+        self._excess = self._exceeded(longest, len(self._pending))
+
+    def _bounded(self, region: bytes) -> bytes:
+        """Cut the region off before the first block that is too large."""
+        if not self._exceeded(len(region), len(region)):
+            return region
+        start = 0
+        for block in region.split(b"\n\n"):
+            longest = max(map(len, block.split(b"\n")))
+            self._excess = self._exceeded(longest, len(block))
+            if self._excess:
+                return region[:start]
+            start += len(block) + 2
+        return region
+
+    def _exceeded(self, line: int, event: int) -> str:
+        limits = self._limits
+        if limits.line is not None and line > limits.line:
+            return "line"
+        if limits.event is not None and event > limits.event:
+            return "event"
+        return ""
+
+    def _parse(self, region: str) -> list[ServerSentEvent]:
+        """Turn complete blocks into events."""
+        if region.startswith("data: "):
+            # A region of nothing but one-line data blocks has two line feeds for
+            # each; if the count is right, no block can hold anything else.
+            data = region[6:-2].split("\n\ndata: ")
+            if region.count("\n") == 2 * len(data):
+                return _new_events(data, self.last_event_id)
+        events = map(self._dispatch, region.split("\n\n"))
+        return [event for event in events if event is not None]
+
+    def _dispatch(self, block: str) -> ServerSentEvent | None:
+        """Interpret the lines of one block."""
+        event, data = "", []
+        for line in block.split("\n"):
+            name, _, value = line.partition(":")
+            value = value[value.startswith(" ") :]
+            if name == "data":
+                data.append(value)
+            elif name == "event":
+                event = value
+            elif name == "id":
+                if "\0" not in value:
+                    self.last_event_id = value
+            elif name == "retry":
+                if value.isdigit() and value.isascii():
+                    self.reconnection_time = float(value) / 1000
+            else:
+                self._note_stray(line)
+        if not data:
+            return None
+        text = data[0] if len(data) == 1 else "\n".join(data)
+        return ServerSentEvent(event or "message", text, self.last_event_id)
+
+    def _note_stray(self, line: str) -> None:
+        if line.partition(":")[0] in _FIELDS or len(self._stray) >= _STRAY_LINES:
+            return
+        self._stray.append(line[:65536])
+
+
+# ---------------------------------------------------------------------------
+# 4. Answer: what a stream has said so far
+# ---------------------------------------------------------------------------
+# A dialect writes into an Answer, the loop takes pieces out of it.  A piece is a str
+# (visible text of choice 0, the case that must be fast) or a Delta (all else).  No
+# JSON value of whatever type makes a method raise: odd ones are counted, not kept.
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_MOST_PARTS = 10000
+
+
+_scan_json = jsonlib.JSONDecoder(strict=False).raw_decode
+_scan_numbers = jsonlib.JSONDecoder(strict=False, parse_int=float).decode
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON, with line feeds and tabs in strings allowed as some servers do.
+
+    :raises ValueError: it is not JSON, or nested too deeply.
+    """
+    try:
+        value, end = _scan_json(text)
+        if end == len(text) or text[end:].isspace():
+            return value
+        raise ValueError("extra data after a JSON value")
+    except jsonlib.JSONDecodeError:
+        if not text[:1].isspace():
+            raise
+        return parse_json(text.lstrip())
+    except RecursionError:
+        raise ValueError("JSON is nested too deeply") from None
+    except ValueError as error:
+        if "extra data" in str(error):
+            raise
+        return _scan_numbers(text)  # an integer of thousands of digits
+
+
+class TextBuffer:
+    """Text in few large blocks; past its limit it counts, but keeps no more."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.kept = 0
+        self.dropped = 0
+        self._blocks: list[str] = []
+        self._tail: list[str] = []
+
+    def add(self, text: str) -> None:
+        """Append text."""
+        if self.limit is not None and self.kept + len(text) > self.limit:
+            room = self.limit - self.kept
+            self.dropped += len(text) - room
+            text = text[:room]
+        self.kept += len(text)
+        self._tail.append(text)
+        if len(self._tail) > 1000:
+            self._blocks.append("".join(self._tail))
+            self._tail.clear()
+
+    @property
+    def text(self) -> str:
+        """All that is kept."""
+        return "".join(self._blocks) + "".join(self._tail)
+
+
+class _OpenCall:
+    """A tool call that is still being received."""
+
+    def __init__(self, number: int, limit: int | None) -> None:
+        self.number = number
+        self.id: str | None = None
+        self.name = ""
+        self.arguments = TextBuffer(limit)
+        self.closed = False
+        self.is_json = True
+        self.extra: dict[str, Any] = {}
+
+    def whole(self) -> ToolCall | None:
+        """The call, if it was closed and its arguments are what they should be."""
+        arguments = self.arguments.text
+        if not (self.closed and self.name) or self.arguments.dropped:
+            return None
+        if not self.is_json:
+            return ToolCall(self.id, self.name, arguments)
+        try:
+            parse_json(arguments or "{}")
+        except ValueError:
+            return None
+        return ToolCall(self.id, self.name, arguments or "{}")
+
+
+class Answer:
+    """What a stream has said so far.
+
+    A dialect's ``read`` calls the methods from :meth:`text` to :meth:`odd`.
+
+    :param limits: bounds what is kept.
+    :param received: the visible text that earlier requests brought, if any.
+    """
+
+    def __init__(
+        self, limits: Limits = Limits(), received: TextBuffer | None = None
+    ) -> None:
+        self.limits = limits
+        self.received = received or TextBuffer(limits.text)
+        self.usage: Usage | None = None
+        self.model: str | None = None
+        self.id: str | None = None
+        #: The number of the last event, where the provider numbers them.
+        self.cursor: int | None = None
+        #: Parts of the assistant turn, in the dialect's own form.
+        self.parts: list[dict[str, Any]] = []
+        #: Whatever else a dialect must remember between two events.
+        self.memory: dict[Any, Any] = {}
+        self.malformed = 0
+        self.deltas = 0
+        self._side: dict[tuple[str, int], TextBuffer] = {}
+        self._calls: dict[Any, _OpenCall] = {}
+        self.new_request()
+
+    def new_request(self, seam: Seam | None = None) -> None:
+        """Forget what belongs to one request; what was said stays."""
+        self.seam = seam
+        self.out: list[Piece] = []
+        self.finishes: dict[int, tuple[str, str | None]] = {}
+        self.expected = 1
+        self.ended = False
+        self.error: StreamingError | None = None
+        self.started = False
+        self.progress = 0
+        self.last_kind = ""
+        self.resumed_at: int | None = None
+        self._held: dict[tuple[str, int], str] = {}
+
+    # -- what a dialect calls
+
+    def text(self, text: Any, index: Any = 0) -> None:
+        """Add visible text of a choice."""
+        self._add("text", text, index)
+
+    def reasoning(self, text: Any, index: Any = 0) -> None:
+        """Add reasoning of a choice."""
+        self._add("reasoning", text, index)
+
+    def refusal(self, text: Any, index: Any = 0) -> None:
+        """Add to the refusal of a choice."""
+        self._add("refusal", text, index)
+
+    def open_call(self, key: Any, id: Any = None, name: Any = None) -> None:
+        """Begin, or name, the tool call that the stream knows as ``key``."""
+        call = self._calls.get(key)
+        if call is None:
+            self._guard_parts(len(self._calls))
+            call = self._calls[key] = _OpenCall(len(self._calls), self.limits.text)
+        call.id = id if isinstance(id, str) and id else call.id
+        call.name = name if isinstance(name, str) and name else call.name
+
+    def call_arguments(self, key: Any, arguments: Any, index: Any = 0) -> None:
+        """Add a fragment to the arguments of a tool call; "" announces the call."""
+        self.open_call(key)
+        call = self._calls[key]
+        if not isinstance(arguments, str):
+            self.odd(arguments)
+            arguments = ""
+        arguments = self._encodable(("tool_call", call.number), arguments)
+        call.arguments.add(arguments)
+        if call.arguments.dropped:
+            self._fail_on_limit("the arguments of a tool call")
+        data = {"index": call.number, "id": call.id, "name": call.name}
+        self._count("tool_call", bool(arguments))
+        self.out.append(Delta("tool_call", arguments, _index(index), data))
+
+    def close_call(self, key: Any) -> None:
+        """End a tool call: nothing more will come of it."""
+        if key in self._calls:
+            self._calls[key].closed = True
+
+    def close_calls(self) -> None:
+        """End every tool call that was begun."""
+        for call in self._calls.values():
+            call.closed = True
+
+    def call(self, key: Any) -> _OpenCall | None:
+        """The tool call known as ``key``, if it was begun."""
+        return self._calls.get(key)
+
+    def finish(self, reason: str, raw: Any, index: Any = 0) -> None:
+        """Note that a choice has finished.
+
+        :param reason: ``stop length tool_calls content_filter other``.
+        :param raw: the provider's own word.
+        """
+        if _index(index) not in self.finishes:
+            self.progress += 1
+        raw = raw if isinstance(raw, str) else None
+        self._guard_parts(len(self.finishes))
+        self.finishes[_index(index)] = (reason, raw)
+        self.close_calls()
+        self._release_held()
+
+    def count(self, input_tokens: Any, output_tokens: Any, raw: dict[str, Any]) -> None:
+        """Note usage; the last word counts."""
+        usage = Usage(_count(input_tokens), _count(output_tokens), raw)
+        if self.usage is None or usage[:2] != self.usage[:2]:
+            self.progress += 1
+        self.usage = usage
+
+    def identify(self, id: Any, model: Any) -> None:
+        """Note the answer's ID and model; the first ones that are not empty count."""
+        if self.id is None and isinstance(id, str) and id:
+            self.id = id
+        if self.model is None and isinstance(model, str) and model:
+            self.model = model
+
+    def fail(self, error: StreamingError) -> None:
+        """Note that the provider reports an error; the first one counts."""
+        if self.error is None and not self.ended:
+            self.error = error
+
+    def end(self) -> None:
+        """Note the end marker: nothing behind it matters."""
+        if self.error is None:
+            self.ended = True
+            self.close_calls()
+            self._release_held()
+
+    def advance(self) -> None:
+        """Note progress that brings no delta, such as a search that has begun."""
+        self.progress += 1
+
+    def odd(self, value: Any) -> None:
+        """Count a value that has an unexpected type; null is none."""
+        if value is not None:
+            self.malformed += 1
+
+    def position(self) -> int:
+        """The offset in the visible text at which the next piece will stand."""
+        if self.seam is not None and self.seam.replays:
+            return self.seam.position
+        pending = sum(len(piece) for piece in self.out if isinstance(piece, str))
+        return self.received.kept + pending
+
+    # -- what the loop calls
+
+    def take(self) -> list[Piece]:
+        """Hand over the pieces that came since the last call."""
+        pieces, self.out = self.out, []
+        self.deltas += len(pieces)
+        texts = [piece for piece in pieces if isinstance(piece, str)]
+        self.received.add("".join(texts))
+        return pieces
+
+    def add_texts(self, kind: str, texts: list[str]) -> None:
+        """Add many pieces of choice 0 at once, known to need no mending."""
+        if kind == "text":
+            self.out += texts
+        else:
+            self.out += [Delta(kind, text) for text in texts]
+            self._buffer(kind, 0).add("".join(texts))
+        self.progress += len(texts)
+        self.started = True
+        self.last_kind = kind
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether pieces may go straight out: nothing is held back or compared."""
+        return self.seam is None and not self._held and self.resumed_at is None
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice that is known of has its finish reason."""
+        expected = max(self.expected, 1 + max(self._choices(), default=0))
+        return len(self.finishes) >= expected
+
+    def settle(self) -> None:
+        """The stream has completed: what was held back is final."""
+        if self.seam is not None:
+            self._emit(self.seam.close())
+            self.seam = None
+        self.close_calls()
+        self._release_held()
+
+    def side_text(self, kind: str, index: int = 0) -> str:
+        """The reasoning, refusal, or text of another choice than 0."""
+        buffer = self._side.get((kind, index))
+        return buffer.text if buffer else ""
+
+    def sides(self) -> dict[tuple[str, int], str]:
+        """All but the visible text of choice 0: ``(kind, index) -> text``."""
+        return {key: buffer.text for key, buffer in self._side.items()}
+
+    def texts(self) -> dict[int, str]:
+        """Text by choice, but for choice 0."""
+        return {
+            index: self.side_text("text", index)
+            for kind, index in sorted(self._side)
+            if kind == "text"
+        }
+
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The tool calls that came whole, in their order."""
+        whole = [call.whole() for call in self._calls.values()]
+        return tuple(call for call in whole if call is not None)
+
+    @property
+    def calls_begun(self) -> int:
+        """How many tool calls were begun."""
+        return len(self._calls)
+
+    def forget_calls(self) -> None:
+        """Drop the tool calls; a continuation makes them anew."""
+        self._calls.clear()
+        self.memory.clear()
+
+    @property
+    def dropped(self) -> int:
+        """Characters that were not kept."""
+        buffers = [self.received, *self._side.values()]
+        return sum(buffer.dropped for buffer in buffers)
+
+    # -- inner steps
+
+    def _choices(self) -> list[int]:
+        return [index for _, index in self._side] + list(self.finishes)
+
+    def _count(self, kind: str, moved: bool) -> None:
+        self.last_kind = kind
+        if moved:
+            self.progress += 1
+            self.started = True
+
+    def _add(self, kind: str, text: Any, index: Any) -> None:
+        if not isinstance(text, str) or not text:
+            self.odd(text or None)
+            return
+        index = _index(index)
+        self._count(kind, True)
+        text = self._encodable((kind, index), text)
+        if kind == "text" and index == 0:
+            self._emit(self.seam.feed(text) if self.seam else text)
+        elif text:
+            self._buffer(kind, index).add(text)
+            self._emit_side(Delta(kind, text, index))
+
+    def _emit(self, text: str) -> None:
+        if text:
+            self.out.append(text)
+
+    def _emit_side(self, delta: Delta) -> None:
+        """Hand out anything but visible text, unless a replay brings it again."""
+        if self.seam is None or not self.seam.covers(delta):
+            self.out.append(delta)
+
+    def _buffer(self, kind: str, index: int) -> TextBuffer:
+        key = (kind, index)
+        if key not in self._side:
+            self._guard_parts(len(self._side))
+            self._side[key] = TextBuffer(self.limits.text)
+        return self._side[key]
+
+    def _guard_parts(self, count: int) -> None:
+        if count >= _MOST_PARTS:
+            self._fail_on_limit("the choices or tool calls")
+
+    def _fail_on_limit(self, what: str) -> NoReturn:
+        message = f"{what} exceed what Limits(text={self.limits.text}) keeps"
+        raise StreamLimitError(message, limit="text")
+
+    def _encodable(self, key: tuple[str, int], text: str) -> str:
+        """Join surrogate pairs that two deltas share; replace lone surrogates."""
+        held = self._held.pop(key, "") if self._held else ""
+        if text.isascii() and not held:
+            return text
+        text = held + text
+        if not _SURROGATE.search(text):
+            return text
+        if "\ud800" <= text[-1] <= "\udbff":
+            self._held[key] = text[-1]
+            text = text[:-1]
+        return _mend(text)
+
+    def _release_held(self) -> None:
+        for kind, index in list(self._held):
+            del self._held[kind, index]
+            if kind != "tool_call":
+                self._add(kind, "\ufffd", index)
+
+
+def _mend(text: str) -> str:
+    utf16 = text.encode("utf-16-le", "surrogatepass")
+    return utf16.decode("utf-16-le", "replace")
+
+
+def _index(value: Any) -> int:
+    return value if isinstance(value, int) and 0 <= value < 1 << 31 else 0
+
+
+def _count(value: Any) -> int | None:
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    return value if is_count else None
+
+
+# -- seams: where another request takes over, its first words are looked at.  feed()
+# is given the text of the new request and returns what may be handed out.
+
+
+class Seam:
+    """Where another request takes over; this one lets everything pass.
+
+    :param text: the visible text that was received before it.
+    """
+
+    replays = False
+
+    def __init__(self, text: str) -> None:
+        self.before = text
+        self.position = 0
+        self.mismatch = ""
+
+    def feed(self, text: str) -> str:
+        """Take text of the new request; return what is new in it."""
+        return text
+
+    def close(self) -> str:
+        """The new request has completed: return what was held back."""
+        return ""
+
+    def covers(self, delta: Delta) -> bool:
+        """Whether the caller has this delta from before."""
+        return False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all that comes from now on is new."""
+        return True
+
+
+class ReplaySeam(Seam):
+    """The same request again: compare what was handed out, and hand out the rest.
+
+    :param sides: other deltas that were handed out: ``(kind, index) -> text``.
+    """
+
+    replays = True
+
+    def __init__(self, text: str, sides: Mapping[tuple[str, int], str]) -> None:
+        super().__init__(text)
+        self._sides: dict[tuple[str, int], list[Any]] = {
+            key: [side, 0] for key, side in sides.items()
+        }
+
+    def feed(self, text: str) -> str:
+        known = self.before[self.position : self.position + len(text)]
+        if not text.startswith(known):
+            self._differs(self.position + _common_length(known, text))
+        self.position += len(text)
+        return text[len(known) :]
+
+    def close(self) -> str:
+        if self.position < len(self.before):
+            self._differs(self.position)
+        return ""
+
+    def covers(self, delta: Delta) -> bool:
+        side = self._sides.get((delta.kind, delta.index))
+        if side is None or side[1] >= len(side[0]):
+            return False
+        if not side[0].startswith(delta.text, side[1]):
+            self._differs(self.position)
+        side[1] += len(delta.text)
+        return True
+
+    @property
+    def is_over(self) -> bool:
+        sides = all(seen >= len(text) for text, seen in self._sides.values())
+        return sides and self.position >= len(self.before)
+
+    def _differs(self, offset: int) -> NoReturn:
+        raise ResumeMismatchError(
+            f"the replayed answer differs from the first one at character {offset}; "
+            "the text that was handed out is the first one's"
+        )
+
+
+class ContinueSeam(Seam):
+    """A continuation: drop a copy of the prefix, and whitespace that is there.
+
+    A reply that begins with the whole prefix is a copy if the prefix is long and not
+    periodic.  If it is not, copy and continuation cannot be told apart, and the only
+    honest answer is an error.
+
+    :param text: the prefix as it was handed out.
+    :param sent: the prefix as it was sent (some providers want it stripped).
+    """
+
+    def __init__(self, text: str, sent: str) -> None:
+        super().__init__(text)
+        self._space = text[len(sent) :]
+        self._over = False
+
+    def feed(self, text: str) -> str:
+        if self._over:
+            return text
+        known = self.before[self.position : self.position + len(text)]
+        if not text.startswith(known):
+            return self._settle(self.before[: self.position] + text)
+        self.position += len(known)
+        if self.position < len(self.before):
+            return ""
+        if not _is_distinct(self.before):
+            raise IncompleteStreamError(
+                "the continuation begins with the text received so far, which is too "
+                "short or too regular to tell a copy of it from new text"
+            )
+        self._over = True
+        return text[len(known) :]
+
+    def close(self) -> str:
+        return "" if self._over else self._settle(self.before[: self.position])
+
+    @property
+    def is_over(self) -> bool:
+        return self._over
+
+    def _settle(self, text: str) -> str:
+        self._over = True
+        return text[_common_length(self._space, text) :]
+
+
+class AskSeam(Seam):
+    """A reply to "go on": trim what it repeats of the end of the text before it."""
+
+    _window = 400
+    _least = 8
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._reply = ""
+        self._over = False
+
+    def feed(self, text: str) -> str:
+        if self._over:
+            return text
+        self._reply += text
+        return self.close() if len(self._reply) >= self._window else ""
+
+    def close(self) -> str:
+        if self._over:
+            return ""
+        self._over = True
+        longest = min(len(self._reply), len(self.before), self._window)
+        for size in range(longest, self._least - 1, -1):
+            if self.before.endswith(self._reply[:size]):
+                return self._reply[size:]
+        return self._reply
+
+    @property
+    def is_over(self) -> bool:
+        return self._over
+
+
+def _common_length(one: str, other: str) -> int:
+    return len(os.path.commonprefix([one, other]))
+
+
+def _is_distinct(text: str) -> bool:
+    """Whether a copy of text cannot be mistaken for a continuation of it."""
+    half = len(text) // 2
+    return len(text) >= 32 and text.find(text[:half], 1, 2 * half) < 0
+
+
+# ---------------------------------------------------------------------------
+# 5. Provider errors: any error body -> APIError
+# ---------------------------------------------------------------------------
+# Providers agree on nothing here but JSON.  One reader for all of them: it looks for
+# the message, code and type in every place where one of them has been seen, and says
+# whether trying again can help.
+
+#: Statuses that pass with time (529 is Anthropic's "overloaded").
+_RETRY_STATUSES = frozenset(
+    [408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529]
+)
+#: Types and codes inside a stream that pass with time.
+_TRANSIENT = frozenset(
+    [
+        "overloaded_error",
+        "api_error",
+        "rate_limit_error",
+        "server_error",
+        "rate_limit_exceeded",
+        "internal_server_error",
+        "internal_error",
+        "service_unavailable",
+        "overloaded",
+        "timeout",
+        "timeout_error",
+        "engine_overloaded",
+        "server_overloaded",
+        "unavailable",
+        "resource_exhausted",
+        "internal",
+        "deadline_exceeded",
+        "internalservererror",
+        "serviceunavailableerror",
+    ]
+)
+#: Quota, credit and spending limits: no wait of ours makes them pass.
+_PERMANENT = frozenset(
+    [
+        "insufficient_quota",
+        "credit_balance_exhausted",
+        "billing_hard_limit_reached",
+        "billing_not_active",
+        "spend_limit_reached",
+        "enforced_spend_limit_reached",
+        "insufficient_credits",
+        "insufficient_balance",
+    ]
+)
+_BODY_KEPT = 65536
+
+
+def _api_error(document: Any, status: int | None = None, **facts: Any) -> APIError:
+    """Make the error that a body, or an event, reports.
+
+    :param document: the parsed JSON, or the text where it is not JSON.
+    :param status: the HTTP status, for an error before the stream.
+    """
+    outer = _first_object(document)
+    inner = outer.get("error")
+    inner = inner if isinstance(inner, dict) else outer
+    code = _scalar(inner, "code", "status_code", "http_code")
+    kind = _scalar(inner, "type", "status") or _scalar(outer, "error_type", "type")
+    named = _status_named(code, _scalar(inner, "status_code"))
+    message = _error_message(document, outer, inner)
+    where = f"HTTP status {status}" if status else "an error inside the stream"
+    label = " (%s)" % (kind or code) if kind or code else ""
+    facts.setdefault("body", _as_text(document)[:_BODY_KEPT])
+    facts.setdefault("request_id", _scalar(outer, "request_id"))
+    return APIError(
+        f"the provider answered with {where}{label}: {message}",
+        status=status or named,
+        code=code,
+        type=str(kind) if kind is not None else None,
+        retryable=_passes_with_time(status or named, code, kind, document),
+        **{"retry_after": _retry_delay(inner), **facts},
+    )
+
+
+def _first_object(document: Any) -> dict[str, Any]:
+    if isinstance(document, list) and document:
+        document = document[0]
+    return document if isinstance(document, dict) else {}
+
+
+def _scalar(holder: dict[str, Any], *keys: str) -> Any:
+    """The first value that is a non-empty string or a number."""
+    for key in keys:
+        value = holder.get(key)
+        if isinstance(value, (str, int)) and value and not isinstance(value, bool):
+            return value
+    return None
+
+
+def _status_named(*codes: Any) -> int | None:
+    for code in codes:
+        digits = str(code)
+        if len(digits) == 3 and digits.isdigit() and 400 <= int(digits) < 600:
+            return int(digits)
+    return None
+
+
+def _error_message(document: Any, outer: dict[str, Any], inner: dict[str, Any]) -> str:
+    found = _scalar(inner, "message", "detail") or _scalar(
+        outer, "message", "error", "detail", "msg", "error_description"
+    )
+    if found is None and isinstance(outer.get("detail"), list):
+        found = "; ".join(str(_first_object([d]).get("msg")) for d in outer["detail"])
+    text = str(found if found is not None else _as_text(document))
+    text = " ".join(text.split())
+    return (text[:500] + "...") if len(text) > 500 else text or "(no message)"
+
+
+def _as_text(document: Any) -> str:
+    if isinstance(document, str):
+        return document
+    try:
+        return jsonlib.dumps(document)
+    except (ValueError, RecursionError):
+        return "(nested too deeply)"
+
+
+def _passes_with_time(status: int | None, code: Any, kind: Any, document: Any) -> bool:
+    names = {str(code).lower(), str(kind).lower()}
+    if names & _PERMANENT or _is_quota(document):
+        return False
+    return bool(names & _TRANSIENT) or status in _RETRY_STATUSES
+
+
+def _is_quota(document: Any) -> bool:
+    """Quotas that are told apart from rate limits only by their details."""
+    inner = _first_object(document).get("error")
+    details = inner.get("details") if isinstance(inner, dict) else None
+    if isinstance(details, dict):
+        return str(details.get("error_code")) in _PERMANENT
+    return "PerDay" in _as_text(details) if isinstance(details, list) else False
+
+
+def _retry_delay(inner: dict[str, Any]) -> float | None:
+    """Google's RetryInfo: ``{"retryDelay": "59s"}`` among the details."""
+    details = inner.get("details")
+    for detail in details if isinstance(details, list) else []:
+        delay = detail.get("retryDelay") if isinstance(detail, dict) else None
+        if isinstance(delay, str) and re.match(r"\d+(\.\d+)?s$", delay):
+            return float(delay[:-1]) or None
+    return None
+
+
+def http_error(
+    status: int, headers: Mapping[str, str], body: str, now: float
+) -> APIError:
+    """Make the error for a response whose status says no.
+
+    :param headers: its headers; looked up in lower case.
+    :param now: the time of day, as a Unix time, for dates in ``Retry-After``.
+    """
+    try:
+        document = parse_json(body)
+    except ValueError:
+        document = body
+    error = _api_error(document, status)
+    error.body = body[:_BODY_KEPT]
+    error.request_id = _request_id(headers) or error.request_id
+    error.retry_after = _header_wait(headers, now) or error.retry_after
+    verdict = headers.get("x-should-retry", "").lower()
+    quota = {str(error.code).lower(), str(error.type).lower()} & _PERMANENT
+    if verdict in ("true", "false") and not (quota or _is_quota(document)):
+        error.retryable = verdict == "true" and status not in (401, 402, 403)
+    return error
+
+
+def _request_id(headers: Mapping[str, str]) -> str | None:
+    names = ("x-request-id", "request-id", "apim-request-id", "x-generation-id")
+    return next((headers[name] for name in names if headers.get(name)), None)
+
+
+def _header_wait(headers: Mapping[str, str], now: float) -> float | None:
+    """Seconds that the server asks to wait; zero and nonsense are no hint."""
+    for name, unit in (
+        ("retry-after-ms", 1000.0),
+        ("retry-after", 1.0),
+        ("llm_provider-retry-after", 1.0),
+    ):
+        seconds = _wait_seconds(headers.get(name), unit, now)
+        if seconds is not None and 0 < seconds < math.inf:
+            return seconds
+    return None
+
+
+def _wait_seconds(value: str | None, unit: float, now: float) -> float | None:
+    if not value:
+        return None
+    try:
+        return float(value) / unit
+    except ValueError:
+        date = email.utils.parsedate_tz(value)
+    try:
+        return email.utils.mktime_tz(date) - now if date else None
+    except (ValueError, OverflowError):
+        return None
+
+
+# ---------------------------------------------------------------------------
+# 6. Dialects: one small class a provider
+# ---------------------------------------------------------------------------
+# A dialect knows a provider's names: where to send, what to send, what each event
+# means, how an answer can be resumed.  It has no state; it writes into an Answer.
+# Unknown events, blocks and keys are ignored on purpose: providers add new ones.
+
+
+def _dicts(value: Any, answer: Answer) -> list[dict[str, Any]]:
+    """The objects of a JSON array; anything else is odd."""
+    if not isinstance(value, list):
+        answer.odd(value)
+        return []
+    for item in value:
+        if not isinstance(item, dict):
+            answer.odd(item)
+    return [item for item in value if isinstance(item, dict)]
+
+
+def _dict(value: Any, answer: Answer | None = None) -> dict[str, Any]:
+    """A JSON object; anything else is odd, and empty."""
+    if isinstance(value, dict):
+        return value
+    if answer is not None:
+        answer.odd(value)
+    return {}
+
+
+class Dialect:
+    """How one provider speaks; subclass it for another one.
+
+    The smallest dialect sets ``base_url`` and ``path`` and defines :meth:`read`.
+    """
+
+    #: The name, for logs and for :data:`DIALECTS`.
+    name = "custom"
+    #: The provider's own URL; None where there is none.
+    base_url: str | None = None
+    #: Environment names of the base URL and of the key, first come first served.
+    base_url_names: tuple[str, ...] = ()
+    key_names: tuple[str, ...] = ()
+    #: What is appended to the base URL.
+    path = ""
+    #: ``sse`` or ``ndjson`` (one JSON text a line).
+    framing = "sse"
+    #: The data that ends the stream; "" if there is none.
+    end_marker = "[DONE]"
+    #: Whether a finish reason is the last word (Gemini may send one on every chunk).
+    finish_is_final = True
+    #: Keys that may carry text, tool arguments, a finish reason or an error.
+    vital_keys: tuple[str, ...] = ("content", "text", "finish_reason", "error")
+    #: Keys whose values :meth:`read` never looks at, such as padding.
+    idle_keys: tuple[str, ...] = ()
+    #: The key that numbers the events, if any; see ``Answer.cursor``.
+    cursor_key = ""
+    #: The provider's finish reasons in OpenAI's words; others become ``other``.
+    finish_reasons: ClassVar[Mapping[str, str]] = {}
+    #: Whether a last assistant message is continued, exactly, by every such server.
+    continues_exactly = False
+    #: Whether the text to be continued must not end in whitespace.
+    strips_prefix = False
+    #: Whether a request without a key is hopeless, whatever the base URL.
+    needs_key = False
+    #: Whether events are padded with spaces before their last brace.
+    pads = False
+
+    def named_url(self, value: str) -> str:
+        """The base URL that an environment variable names."""
+        return value
+
+    def url(self, base_url: str, model: str | None) -> str:
+        """The address to POST to."""
+        return _join_url(base_url, self.path)
+
+    def resume_url(self, url: str) -> str:
+        """The address to continue an answer at, where it is another one."""
+        return url
+
+    def auth(self, key: str) -> dict[str, str]:
+        """The headers that carry the key."""
+        return {"Authorization": "Bearer " + key}
+
+    def headers(self) -> dict[str, str]:
+        """Other headers that the provider needs."""
+        return {}
+
+    def body(
+        self, messages: Messages, model: str | None, params: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The request body."""
+        body: dict[str, Any] = {"messages": _turns(messages), "stream": True}
+        if model is not None:
+            body["model"] = model
+        return {**body, **params}
+
+    def read(self, chunk: dict[str, Any], answer: Answer, event: str) -> None:
+        """Write what one event says into the answer.
+
+        :param chunk: the JSON object of its data.
+        :param answer: call ``text``, ``reasoning``, ``finish``, ``end``, ... on it.
+        :param event: the event type.
+        """
+        raise NotImplementedError
+
+    def read_whole(self, document: dict[str, Any], answer: Answer) -> None:
+        """Write a whole answer, from a server that did not stream."""
+        self.read(document, answer, "message")
+
+    def message(self, answer: Answer, text: str) -> Any:
+        """The assistant turn, ready to append to the messages of the next one."""
+        return {"role": "assistant", "content": text}
+
+    def error(self, document: Any) -> APIError:
+        """The error that an event, or a whole body, reports."""
+        return _api_error(document)
+
+    def prefill(self, body: dict[str, Any], text: str) -> dict[str, Any] | None:
+        """The body whose reply continues text; None if there is no such thing."""
+        return self.add_turns(body, [("assistant", text)])
+
+    def exact(self, body: dict[str, Any]) -> bool:
+        """Whether the reply to :meth:`prefill` surely continues the text."""
+        return self.continues_exactly
+
+    def add_turns(
+        self, body: dict[str, Any], turns: Sequence[tuple[str, str]]
+    ) -> dict[str, Any] | None:
+        """The body with turns ``(role, text)`` appended; None if it takes none."""
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages:
+            return None
+        return {**body, "messages": _append_turns(messages, turns, "content")}
+
+    def reattach_url(self, url: str, answer: Answer) -> str | None:
+        """Where the same generation goes on after a drop; None if nowhere."""
+        return None
+
+    def finish(self, answer: Answer, raw: Any, index: Any = 0) -> None:
+        """Note a finish reason in the provider's own word; null is none."""
+        if not isinstance(raw, str) or not raw:
+            answer.odd(raw or None)
+            return
+        answer.finish(self.finish_reasons.get(raw, "other"), raw, index)
+
+
+def _turns(messages: Messages) -> list[Any]:
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    return list(messages)
+
+
+def _prompt(messages: Messages) -> str:
+    """One prompt out of messages, for servers that take only that."""
+    if isinstance(messages, str):
+        return messages
+    return "\n\n".join(_plain_text(_dict(m).get("content")) for m in messages)
+
+
+def _plain_text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    return "".join(str(_dict(part).get("text") or "") for part in parts)
+
+
+def _split_system(messages: Messages) -> tuple[str, list[Any]]:
+    """Take the system messages out, for providers that want them apart."""
+    turns = _turns(messages)
+    system = [m for m in turns if _dict(m).get("role") in ("system", "developer")]
+    rest = [m for m in turns if m not in system]
+    return "\n\n".join(_plain_text(m.get("content")) for m in system), rest
+
+
+def _append_turns(
+    messages: list[Any], turns: Sequence[tuple[str, str]], key: str
+) -> list[Any]:
+    """Append turns; a last assistant message of the caller's is continued."""
+    (role, text), rest = turns[0], turns[1:]
+    last = _dict(messages[-1])
+    if last.get("role") == role == "assistant" and isinstance(last.get(key), str):
+        messages, text = messages[:-1], last[key] + text
+        first = {**last, key: text}
+    else:
+        first = {"role": role, key: text}
+    return messages + [first] + [{"role": r, key: t} for r, t in rest]
+
+
+def _join_url(base_url: str, path: str) -> str:
+    """Append a path, and perhaps a query, to a URL; its own query is kept."""
+    parts = urlsplit(base_url)
+    path, _, query = path.partition("?")
+    queries = "&".join(filter(None, [query, parts.query]))
+    return urlunsplit(
+        (parts.scheme, parts.netloc, parts.path.rstrip("/") + path, queries, "")
+    )
+
+
+_STANDARD_FINISHES = {
+    "stop": "stop",
+    "length": "length",
+    "tool_calls": "tool_calls",
+    "function_call": "tool_calls",
+    "content_filter": "content_filter",
+    "model_length": "length",
+}
+
+
+class OpenAI(Dialect):
+    """OpenAI Chat Completions and its many look-alikes.
+
+    https://platform.openai.com/docs/api-reference/chat-streaming
+    """
+
+    name = "openai"
+    base_url: str | None = "https://api.openai.com/v1"
+    base_url_names: tuple[str, ...] = ("OPENAI_BASE_URL",)
+    key_names: tuple[str, ...] = ("OPENAI_API_KEY",)
+    path = "/chat/completions"
+    vital_keys: tuple[str, ...] = (
+        *Dialect.vital_keys,
+        "delta",
+        "reasoning",
+        "reasoning_content",
+        "refusal",
+        "arguments",
+        "tool_calls",
+    )
+    idle_keys: tuple[str, ...] = ("obfuscation", "p", "created", "system_fingerprint")
+    finish_reasons: ClassVar[Mapping[str, str]] = _STANDARD_FINISHES
+    asks_for_usage = True
+
+    def body(
+        self, messages: Messages, model: str | None, params: dict[str, Any]
+    ) -> dict[str, Any]:
+        body = super().body(messages, model, params)
+        if self.asks_for_usage:
+            body.setdefault("stream_options", {"include_usage": True})
+        if body.get("stream_options", 0) is None:
+            del body["stream_options"]
+        return body
+
+    def read(self, chunk: dict[str, Any], answer: Answer, event: str) -> None:
+        answer.identify(chunk.get("id"), chunk.get("model"))
+        for choice in _dicts(chunk.get("choices"), answer):
+            self._read_choice(choice, choice.get("delta"), answer)
+        self._read_usage(chunk, answer)
+        if chunk.get("object") == "error":  # vLLM before 0.6
+            answer.fail(self.error(chunk))
+
+    def read_whole(self, document: dict[str, Any], answer: Answer) -> None:
+        answer.identify(document.get("id"), document.get("model"))
+        for choice in _dicts(document.get("choices"), answer):
+            self._read_choice(choice, choice.get("message"), answer)
+        self._read_usage(document, answer)
+
+    def _read_choice(self, choice: dict[str, Any], delta: Any, answer: Answer) -> None:
+        index = choice.get("index")
+        if delta is not None:
+            self._read_delta(_dict(delta, answer), _index(index), answer)
+        raw = choice.get("finish_reason")
+        if raw in ("error", "insufficient_system_resource"):
+            answer.fail(
+                APIError(
+                    f"the provider ended the answer with finish reason {raw!r}",
+                    code=raw,
+                    retryable=True,
+                )
+            )
+        elif raw is not None:
+            self.finish(answer, raw, index)
+
+    def _read_delta(self, delta: dict[str, Any], index: int, answer: Answer) -> None:
+        answer.reasoning(_reasoning(delta), index)
+        content = delta.get("content")
+        if isinstance(content, list):
+            self._read_parts(content, index, answer)
+        else:
+            answer.text(content, index)
+        answer.refusal(delta.get("refusal"), index)
+        for call in _dicts(delta.get("tool_calls"), answer):
+            self._read_call(call, index, answer)
+        if delta.get("function_call") is not None:
+            call = {"index": 0, "function": delta["function_call"]}
+            self._read_call(call, index, answer)
+
+    def _read_parts(self, parts: list[Any], index: int, answer: Answer) -> None:
+        """Mistral's content in parts."""
+        for part in _dicts(parts, answer):
+            if part.get("type") == "thinking":
+                for thought in _dicts(part.get("thinking"), answer):
+                    answer.reasoning(thought.get("text"), index)
+            elif part.get("type") == "text":
+                answer.text(part.get("text"), index)
+
+    def _read_call(self, call: dict[str, Any], index: int, answer: Answer) -> None:
+        """A fragment of a tool call; servers disagree on how to number them."""
+        function = _dict(call.get("function"), answer)
+        id, name = call.get("id"), function.get("name")
+        key = self._call_key(call, name, index, answer)
+        if key != answer.memory.get(("call", index)):
+            answer.close_call(answer.memory.get(("call", index)))
+            answer.memory["call", index] = key
+        answer.open_call(key, id, name)
+        arguments = function.get("arguments")
+        if isinstance(arguments, dict):
+            arguments = jsonlib.dumps(arguments)
+        answer.call_arguments(key, arguments, index)
+
+    def _call_key(
+        self, call: dict[str, Any], name: Any, index: int, answer: Answer
+    ) -> Any:
+        number, id = call.get("index"), call.get("id")
+        number = number if isinstance(number, int) else None
+        id = id if isinstance(id, str) and id else None
+        last = answer.memory.get(("call", index))
+        if number is None and id is None and not name:
+            return last or (index, 0, "")
+        base = (index, id if number is None else number)
+        if number is None and id is None:  # a nameless shim's next call
+            base = (index, answer.calls_begun)
+        slot = answer.memory.setdefault(("slot", base), (*base, id or ""))
+        known = answer.call(slot)
+        if known is not None and known.id and id and name and known.id != id:
+            slot = answer.memory["slot", base] = (*base, id)
+        return slot
+
+    def _read_usage(self, chunk: dict[str, Any], answer: Answer) -> None:
+        groq = chunk.get("x_groq")
+        usage = chunk.get("usage") or (_dict(groq).get("usage") if groq else None)
+        if isinstance(usage, dict) and usage:
+            answer.count(
+                usage.get("prompt_tokens"), usage.get("completion_tokens"), usage
+            )
+
+    def message(self, answer: Answer, text: str) -> Any:
+        calls = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in answer.tool_calls()
+        ]
+        message: dict[str, Any] = {"role": "assistant", "content": text or None}
+        if not (text or calls):
+            message["content"] = ""
+        if answer.side_text("refusal"):
+            message["refusal"] = answer.side_text("refusal")
+        return {**message, "tool_calls": calls} if calls else message
+
+
+def _reasoning(delta: dict[str, Any]) -> Any:
+    """Reasoning in any of its spellings; OpenRouter sends the same text twice."""
+    text = delta.get("reasoning_content") or delta.get("reasoning")
+    if text:
+        return text
+    details = delta.get("reasoning_details")
+    if not isinstance(details, list):
+        return None
+    pieces = [_dict(d).get("text") or _dict(d).get("summary") for d in details]
+    return "".join(piece for piece in pieces if isinstance(piece, str))
+
+
+class Azure(OpenAI):
+    """Azure OpenAI: the base URL is a deployment's, or the resource's /openai/v1."""
+
+    name = "azure"
+    base_url: str | None = None
+    base_url_names: tuple[str, ...] = ("AZURE_OPENAI_ENDPOINT",)
+    key_names: tuple[str, ...] = ("AZURE_OPENAI_API_KEY",)
+    needs_key = True
+
+    def url(self, base_url: str, model: str | None) -> str:
+        parts = urlsplit(base_url)
+        version = os.environ.get("OPENAI_API_VERSION")
+        if parts.path.strip("/"):
+            return super().url(base_url, model)
+        if model and version:  # as Azure's SDK composes it from its two variables
+            path = "/openai/deployments/%s%s?api-version=%s"
+            return _join_url(base_url, path % (quote(model), self.path, version))
+        return _join_url(base_url, "/openai/v1" + self.path)
+
+    def auth(self, key: str) -> dict[str, str]:
+        if key.startswith("eyJ"):  # an Entra token is a JWT
+            return super().auth(key)
+        return {"api-key": key}
+
+
+class VLLM(OpenAI):
+    """vLLM and SGLang."""
+
+    name = "vllm"
+    base_url: str | None = "http://localhost:8000/v1"
+    base_url_names: tuple[str, ...] = ()
+    key_names: tuple[str, ...] = ()
+    continues_exactly = True
+
+    def prefill(self, body: dict[str, Any], text: str) -> dict[str, Any] | None:
+        more = super().prefill(body, text)
+        if more is None:
+            return None
+        flags = {"continue_final_message": True, "add_generation_prompt": False}
+        return {**more, **flags, "echo": False}
+
+
+class LlamaCpp(OpenAI):
+    """The server of llama.cpp, which continues a last assistant message."""
+
+    name = "llamacpp"
+    base_url: str | None = "http://localhost:8080/v1"
+    base_url_names: tuple[str, ...] = ()
+    key_names: tuple[str, ...] = ()
+    continues_exactly = True
+    idle_keys: tuple[str, ...] = (*OpenAI.idle_keys, "timings")
+
+
+class Mistral(OpenAI):
+    """Mistral, whose prefix is a flag, and which refuses unknown keys."""
+
+    name = "mistral"
+    base_url: str | None = "https://api.mistral.ai/v1"
+    base_url_names: tuple[str, ...] = ()
+    key_names: tuple[str, ...] = ("MISTRAL_API_KEY",)
+    asks_for_usage = False
+    continues_exactly = True
+
+    def prefill(self, body: dict[str, Any], text: str) -> dict[str, Any] | None:
+        more = super().prefill(body, text)
+        if more is None:
+            return None
+        more["messages"][-1] = {**more["messages"][-1], "prefix": True}
+        return more
+
+
+class DeepSeek(Mistral):
+    """DeepSeek; its prefix completion lives under /beta.
+
+    https://api-docs.deepseek.com/guides/chat_prefix_completion
+    """
+
+    name = "deepseek"
+    base_url: str | None = "https://api.deepseek.com"
+    key_names: tuple[str, ...] = ("DEEPSEEK_API_KEY",)
+    asks_for_usage = True
+
+    def resume_url(self, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.hostname != "api.deepseek.com":
+            return url
+        return urlunsplit(parts._replace(path="/beta" + self.path))
+
+
+class OpenRouter(OpenAI):
+    """OpenRouter: whether an answer can be continued depends on the routed model."""
+
+    name = "openrouter"
+    base_url: str | None = "https://openrouter.ai/api/v1"
+    base_url_names: tuple[str, ...] = ("OPENROUTER_BASE_URL",)
+    key_names: tuple[str, ...] = ("OPENROUTER_API_KEY",)
+    idle_keys: tuple[str, ...] = (*OpenAI.idle_keys, "provider")
+
+
+class OpenAICompletions(OpenAI):
+    """Raw completions: a prompt and its continuation."""
+
+    name = "openai-completions"
+    path = "/completions"
+    continues_exactly = True
+
+    def body(
+        self, messages: Messages, model: str | None, params: dict[str, Any]
+    ) -> dict[str, Any]:
+        body = super().body("", model, params)
+        del body["messages"]
+        return {"prompt": _prompt(messages), **body}
+
+    def _read_choice(self, choice: dict[str, Any], delta: Any, answer: Answer) -> None:
+        answer.text(choice.get("text"), choice.get("index"))
+        super()._read_choice(choice, None, answer)
+
+    def message(self, answer: Answer, text: str) -> Any:
+        return {"role": "assistant", "content": text}
+
+    def prefill(self, body: dict[str, Any], text: str) -> dict[str, Any] | None:
+        if not isinstance(body.get("prompt"), str):
+            return None
+        return {**body, "prompt": body["prompt"] + text, "echo": False}
+
+    def add_turns(
+        self, body: dict[str, Any], turns: Sequence[tuple[str, str]]
+    ) -> dict[str, Any] | None:
+        return None
+
+
+class OpenAIResponses(Dialect):
+    """OpenAI Responses, the one API whose answers can be reattached.
+
+    https://platform.openai.com/docs/guides/background
+    """
+
+    name = "openai-responses"
+    base_url: str | None = "https://api.openai.com/v1"
+    base_url_names: tuple[str, ...] = ("OPENAI_BASE_URL",)
+    key_names: tuple[str, ...] = ("OPENAI_API_KEY",)
+    path = "/responses"
+    vital_keys: tuple[str, ...] = (
+        "delta",
+        "text",
+        "arguments",
+        "refusal",
+        "response",
+        "error",
+    )
+    idle_keys: tuple[str, ...] = ("obfuscation", "item_id")
+    cursor_key = "sequence_number"
+
+    def body(
+        self, messages: Messages, model: str | None, params: dict[str, Any]
+    ) -> dict[str, Any]:
+        body = super().body(messages, model, params)
+        turns = body.pop("messages")
+        lists = [turn if isinstance(turn, list) else [turn] for turn in turns]
+        return {"input": list(itertools.chain.from_iterable(lists)), **body}
+
+    def read(self, chunk: dict[str, Any], answer: Answer, event: str) -> None:
+        kind = chunk.get("type")
+        if self._is_known(chunk.get("sequence_number"), answer):
+            return
+        reader = self._readers.get(kind) if isinstance(kind, str) else None
+        if reader is not None:
+            reader(self, chunk, answer)
+        elif kind != "keepalive":
+            answer.advance()
+
+    def _is_known(self, number: Any, answer: Answer) -> bool:
+        """Keep count of the events; after reattaching, leave out known ones."""
+        if _count(number) is None:
+            return False
+        resumed_at = answer.resumed_at
+        if resumed_at is not None:
+            if number <= resumed_at:
+                return True
+            if number > resumed_at + 1:
+                answer.fail(
+                    IncompleteStreamError(
+                        f"events {resumed_at + 1} to {number - 1} were lost while "
+                        "reattaching"
+                    )
+                )
+            answer.resumed_at = None
+        answer.cursor = number
+        return False
+
+    def read_whole(self, document: dict[str, Any], answer: Answer) -> None:
+        self._read_end({"response": document}, answer)
+
+    def _read_delta(self, chunk: dict[str, Any], answer: Answer) -> None:
+        self._add(chunk, chunk.get("delta"), answer)
+
+    def _read_done(self, chunk: dict[str, Any], answer: Answer) -> None:
+        """A whole part again; taken only if no delta of it came."""
+        if self._part(chunk) not in answer.memory:
+            self._add(chunk, chunk.get("text", chunk.get("refusal")), answer)
+
+    def _add(self, chunk: dict[str, Any], text: Any, answer: Answer) -> None:
+        kind = chunk["type"]
+        if "output_text" in kind:
+            answer.text(text)
+        elif "refusal" in kind:
+            answer.refusal(text)
+        else:
+            answer.reasoning(text)
+        answer.memory[self._part(chunk)] = True
+
+    def _part(self, chunk: dict[str, Any]) -> tuple[str, str]:
+        kind = chunk["type"].rpartition(".")[0]
+        place = [chunk.get(k) for k in ("output_index", "content_index")]
+        return kind, str([*place, chunk.get("summary_index")])
+
+    def _read_item(self, chunk: dict[str, Any], answer: Answer) -> None:
+        """An output item begins, or is repeated whole at its end."""
+        item, key = _dict(chunk.get("item"), answer), self._item_key(chunk)
+        answer.advance()
+        if item.get("type") not in ("function_call", "custom_tool_call"):
+            return
+        answer.open_call(key, item.get("call_id") or item.get("id"), item.get("name"))
+        call = answer.call(key)
+        if call is not None and item["type"] == "custom_tool_call":
+            call.is_json = False
+        if chunk.get("type") == "response.output_item.done":
+            self._close(key, item.get("arguments", item.get("input")), answer)
+        else:
+            answer.call_arguments(key, item.get("arguments", item.get("input")))
+
+    def _read_arguments(self, chunk: dict[str, Any], answer: Answer) -> None:
+        answer.call_arguments(self._item_key(chunk), chunk.get("delta"))
+
+    def _read_arguments_done(self, chunk: dict[str, Any], answer: Answer) -> None:
+        whole = chunk.get("arguments", chunk.get("input"))
+        self._close(self._item_key(chunk), whole, answer)
+
+    def _item_key(self, chunk: dict[str, Any]) -> str:
+        """Gateways rewrite item IDs between events; llama.cpp sends nothing else."""
+        item = chunk.get("item_id") or _dict(chunk.get("item")).get("id")
+        return str(chunk.get("output_index", item))
+
+    def _close(self, key: str, arguments: Any, answer: Answer) -> None:
+        answer.open_call(key)
+        call = answer.call(key)
+        if arguments and call is not None and not call.arguments.kept:
+            answer.call_arguments(key, arguments)
+        answer.close_call(key)
+
+    def _read_begin(self, chunk: dict[str, Any], answer: Answer) -> None:
+        response = _dict(chunk.get("response"), answer)
+        answer.identify(response.get("id"), response.get("model"))
+        answer.advance()
+
+    def _read_end(self, chunk: dict[str, Any], answer: Answer) -> None:
+        response = _dict(chunk.get("response"), answer)
+        answer.identify(response.get("id"), response.get("model"))
+        usage = response.get("usage")
+        if isinstance(usage, dict):
+            answer.count(usage.get("input_tokens"), usage.get("output_tokens"), usage)
+        if response.get("error") or response.get("status") in ("failed", "cancelled"):
+            answer.fail(self.error(response))
+            return
+        output = _dicts(response.get("output"), answer)
+        self._read_output(output, answer)
+        if output:
+            answer.parts = output
+        answer.finish(*self._reason(response, answer))
+        answer.end()
+
+    def _read_output(self, output: list[dict[str, Any]], answer: Answer) -> None:
+        """Take from the final object what no event has brought."""
+        for number, item in enumerate(output):
+            place = {"output_index": number}
+            if item.get("type") in ("function_call", "custom_tool_call"):
+                done = {**place, "type": "response.output_item.done", "item": item}
+                self._read_item(done, answer)
+            elif item.get("type") == "message" and not answer.memory:
+                for part in _dicts(item.get("content"), answer):
+                    answer.text(part.get("text"))
+                    answer.refusal(part.get("refusal"))
+
+    def _reason(self, response: dict[str, Any], answer: Answer) -> tuple[str, Any]:
+        status = response.get("status")
+        if status == "incomplete":
+            why = _dict(response.get("incomplete_details")).get("reason")
+            known = {"max_output_tokens": "length", "content_filter": "content_filter"}
+            return known.get(str(why), "other"), status
+        return ("tool_calls" if answer.calls_begun else "stop"), status
+
+    def _read_error(self, chunk: dict[str, Any], answer: Answer) -> None:
+        answer.fail(self.error(chunk))
+
+    _readers: ClassVar[dict[str, Callable[..., None]]] = {
+        "response.created": _read_begin,
+        "response.queued": _read_begin,
+        "response.in_progress": _read_begin,
+        "response.output_text.delta": _read_delta,
+        "response.output_text.done": _read_done,
+        "response.refusal.delta": _read_delta,
+        "response.refusal.done": _read_done,
+        "response.reasoning_text.delta": _read_delta,
+        "response.reasoning_text.done": _read_done,
+        "response.reasoning_summary_text.delta": _read_delta,
+        "response.reasoning_summary_text.done": _read_done,
+        "response.output_item.added": _read_item,
+        "response.output_item.done": _read_item,
+        "response.function_call_arguments.delta": _read_arguments,
+        "response.function_call_arguments.done": _read_arguments_done,
+        "response.custom_tool_call_input.delta": _read_arguments,
+        "response.custom_tool_call_input.done": _read_arguments_done,
+        "response.completed": _read_end,
+        "response.incomplete": _read_end,
+        "response.failed": _read_end,
+        "response.cancelled": _read_end,
+        "error": _read_error,
+    }
+
+    def message(self, answer: Answer, text: str) -> Any:
+        """A list of output items; :meth:`body` takes such a list as one message."""
+        if answer.parts:
+            return answer.parts
+        content = [{"type": "output_text", "text": text}]
+        message = [{"type": "message", "role": "assistant", "content": content}]
+        calls = [
+            {
+                "type": "function_call",
+                "call_id": call.id,
+                "name": call.name,
+                "arguments": call.arguments,
+            }
+            for call in answer.tool_calls()
+        ]
+        return (message if text else []) + calls
+
+    def add_turns(
+        self, body: dict[str, Any], turns: Sequence[tuple[str, str]]
+    ) -> dict[str, Any] | None:
+        items = body.get("input")
+        if not isinstance(items, list) or not items:
+            return None
+        return {**body, "input": _append_turns(items, turns, "content")}
+
+    def reattach_url(self, url: str, answer: Answer) -> str | None:
+        if answer.id is None or answer.cursor is None:
+            return None
+        path = "/%s?stream=true&starting_after=%d"
+        return _join_url(url, path % (quote(answer.id, safe=""), answer.cursor))
+
+
+class Anthropic(Dialect):
+    """Anthropic Messages.
+
+    https://docs.anthropic.com/en/docs/build-with-claude/streaming
+    """
+
+    name = "anthropic"
+    base_url: str | None = "https://api.anthropic.com"
+    base_url_names: tuple[str, ...] = ("ANTHROPIC_BASE_URL",)
+    key_names: tuple[str, ...] = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
+    path = "/v1/messages"
+    end_marker = ""
+    vital_keys: tuple[str, ...] = (
+        "text",
+        "thinking",
+        "partial_json",
+        "stop_reason",
+        "error",
+    )
+    strips_prefix = True
+    pads = True
+    finish_reasons: ClassVar[Mapping[str, str]] = {
+        "end_turn": "stop",
+        "stop_sequence": "stop",
+        "max_tokens": "length",
+        "model_context_window_exceeded": "length",
+        "tool_use": "tool_calls",
+        "refusal": "content_filter",
+    }
+    #: The model names whose partial answers are continued by prefill.
+    _prefilled = re.compile(
+        r"claude-(?:instant|v?[123]\b|(?:opus|sonnet|haiku)-4(?:-[015])?"
+        r"(?:[-@]\d{8}|-latest|-v\d|$))"
+    )
+
+    def auth(self, key: str) -> dict[str, str]:
+        if key.startswith("sk-ant-oat") or key == os.environ.get(
+            "ANTHROPIC_AUTH_TOKEN"
+        ):
+            return super().auth(key)
+        return {"x-api-key": key}
+
+    def headers(self) -> dict[str, str]:
+        return {"anthropic-version": "2023-06-01"}
+
+    def body(
+        self, messages: Messages, model: str | None, params: dict[str, Any]
+    ) -> dict[str, Any]:
+        system, turns = _split_system(messages)
+        body = super().body(turns, model, {"max_tokens": 4096, **params})
+        if system:
+            body.setdefault("system", system)
+        return body
+
+    def read(self, chunk: dict[str, Any], answer: Answer, event: str) -> None:
+        kind = chunk.get("type")
+        if kind == "content_block_delta":
+            self._read_delta(chunk, _dict(chunk.get("delta"), answer), answer)
+        elif kind == "content_block_start":
+            self._read_start(chunk, _dict(chunk.get("content_block"), answer), answer)
+        elif kind == "content_block_stop":
+            answer.close_call(self._key(chunk))
+            answer.advance()
+        elif kind == "message_start":
+            self._read_message(_dict(chunk.get("message"), answer), answer)
+        elif kind == "message_delta":
+            self._read_usage(chunk, answer)
+            delta = _dict(chunk.get("delta"), answer)
+            self.finish(answer, delta.get("stop_reason"))
+        elif kind == "message_stop":
+            answer.end()
+
+    def read_whole(self, document: dict[str, Any], answer: Answer) -> None:
+        self._read_message(document, answer)
+        for number, block in enumerate(_dicts(document.get("content"), answer)):
+            place = {"index": number}
+            if block.get("type") == "tool_use":
+                self._read_start(place, {**block, "input": {}}, answer)
+                arguments = jsonlib.dumps(block.get("input"))
+                answer.call_arguments(self._key(place), arguments)
+            else:
+                self._read_start(place, block, answer)
+        self.finish(answer, document.get("stop_reason"))
+
+    def _key(self, chunk: dict[str, Any]) -> str:
+        return str(chunk.get("index"))
+
+    def _read_message(self, message: dict[str, Any], answer: Answer) -> None:
+        answer.identify(message.get("id"), message.get("model"))
+        self._read_usage(message, answer)
+
+    def _read_usage(self, holder: dict[str, Any], answer: Answer) -> None:
+        usage = holder.get("usage")
+        if not isinstance(usage, dict):
+            answer.odd(usage)
+            return
+        known = answer.memory.setdefault("usage", {})
+        known.update((k, v) for k, v in usage.items() if v is not None)
+        answer.count(known.get("input_tokens"), known.get("output_tokens"), dict(known))
+
+    def _read_start(
+        self, chunk: dict[str, Any], block: dict[str, Any], answer: Answer
+    ) -> None:
+        kind, key = block.get("type"), self._key(chunk)
+        part = dict(block)
+        if len(answer.parts) >= _MOST_PARTS:
+            raise StreamLimitError("the answer has too many blocks", limit="text")
+        answer.parts.append(part)
+        answer.memory["block", key] = part
+        if kind == "text":
+            part["text"] = answer.position()
+            answer.text(block.get("text"))
+        elif kind == "thinking":
+            part["thinking"] = TextBuffer(answer.limits.text)
+            self._think(part, block.get("thinking"), answer)
+        elif kind == "tool_use":
+            answer.open_call(key, block.get("id"), block.get("name"))
+            part["input"] = answer.call(key)
+            first = block.get("input")
+            answer.call_arguments(key, jsonlib.dumps(first) if first else "")
+        answer.advance()
+
+    def _read_delta(
+        self, chunk: dict[str, Any], delta: dict[str, Any], answer: Answer
+    ) -> None:
+        kind = delta.get("type")
+        part = answer.memory.get(("block", self._key(chunk)), {})
+        if kind == "text_delta":
+            answer.text(delta.get("text"))
+        elif kind == "thinking_delta":
+            self._think(part, delta.get("thinking"), answer)
+        elif kind == "signature_delta":
+            part["signature"] = str(part.get("signature") or "") + str(
+                delta.get("signature") or ""
+            )
+        elif kind == "input_json_delta":
+            self._read_input(self._key(chunk), part, delta.get("partial_json"), answer)
+        elif kind == "citations_delta":
+            part.setdefault("citations", []).append(delta.get("citation"))
+
+    def _think(self, part: dict[str, Any], text: Any, answer: Answer) -> None:
+        answer.reasoning(text)
+        if isinstance(text, str) and isinstance(part.get("thinking"), TextBuffer):
+            part["thinking"].add(text)
+
+    def _read_input(
+        self, key: str, part: dict[str, Any], text: Any, answer: Answer
+    ) -> None:
+        """Arguments of the caller's tool, or of one that the provider runs."""
+        if part.get("type") in (None, "tool_use"):
+            answer.call_arguments(key, text)
+        elif isinstance(text, str):
+            part.setdefault("_json", TextBuffer(answer.limits.text)).add(text)
+            answer.advance()
+
+    def message(self, answer: Answer, text: str) -> Any:
+        starts = [p["text"] for p in answer.parts if p.get("type") == "text"]
+        ends = iter([*starts[1:], len(text)])
+        whole = {id(call) for call in answer._calls.values() if call.whole()}
+        blocks = []
+        for part in answer.parts:
+            block = {k: v for k, v in part.items() if k != "_json"}
+            if part.get("type") == "text":
+                block["text"] = text[part["text"] : next(ends)]
+            elif part.get("type") == "thinking":
+                block["thinking"] = part["thinking"].text
+            elif isinstance(part.get("input"), _OpenCall):
+                if id(part["input"]) not in whole:
+                    continue
+                block["input"] = parse_json(part["input"].arguments.text or "{}")
+            elif "_json" in part:
+                block["input"] = _parsed_or_empty(part["_json"].text)
+            blocks.append(block)
+        kept = [b for b in blocks if b.get("type") != "text" or b["text"]]
+        return {"role": "assistant", "content": kept}
+
+    def prefill(self, body: dict[str, Any], text: str) -> dict[str, Any] | None:
+        thinking = _dict(body.get("thinking")).get("type", "disabled")
+        if thinking != "disabled" or not text:
+            return None
+        return super().prefill(body, text)
+
+    def exact(self, body: dict[str, Any]) -> bool:
+        return bool(self._prefilled.search(str(body.get("model"))))
+
+
+def _parsed_or_empty(text: str) -> Any:
+    try:
+        return parse_json(text or "{}")
+    except ValueError:
+        return {}
+
+
+class Gemini(Dialect):
+    """Gemini, of AI Studio and of Vertex.
+
+    https://ai.google.dev/api/generate-content#method:-models.streamgeneratecontent
+    """
+
+    name = "gemini"
+    base_url: str | None = "https://generativelanguage.googleapis.com"
+    base_url_names: tuple[str, ...] = ("GOOGLE_GEMINI_BASE_URL",)
+    key_names: tuple[str, ...] = ("GOOGLE_API_KEY", "GEMINI_API_KEY")
+    end_marker = ""
+    finish_is_final = False
+    vital_keys: tuple[str, ...] = ("text", "functionCall", "finishReason", "error")
+    idle_keys: tuple[str, ...] = ("responseId", "modelVersion")
+    finish_reasons: ClassVar[Mapping[str, str]] = {
+        "STOP": "stop",
+        "MAX_TOKENS": "length",
+        "SAFETY": "content_filter",
+        "RECITATION": "content_filter",
+        "BLOCKLIST": "content_filter",
+        "PROHIBITED_CONTENT": "content_filter",
+        "SPII": "content_filter",
+        "IMAGE_SAFETY": "content_filter",
+    }
+
+    def url(self, base_url: str, model: str | None) -> str:
+        if model is None:
+            return _join_url(base_url, ":streamGenerateContent?alt=sse")
+        version = "" if urlsplit(base_url).path.strip("/") else "/v1beta"
+        name = model.partition("models/")[2] or model
+        path = "%s/models/%s:streamGenerateContent?alt=sse"
+        return _join_url(base_url, path % (version, quote(name)))
+
+    def auth(self, key: str) -> dict[str, str]:
+        if key.startswith("ya29."):  # Google's OAuth tokens, as Vertex wants them
+            return super().auth(key)
+        return {"x-goog-api-key": key}
+
+    def body(
+        self, messages: Messages, model: str | None, params: dict[str, Any]
+    ) -> dict[str, Any]:
+        system, turns = _split_system(messages)
+        body: dict[str, Any] = {"contents": [self._content(turn) for turn in turns]}
+        if system:
+            body["systemInstruction"] = {"parts": [{"text": system}]}
+        return {**body, **params}
+
+    def _content(self, turn: Any) -> Any:
+        """A message in OpenAI's form becomes one of Gemini's; its own stay."""
+        if not isinstance(turn, dict) or "content" not in turn:
+            return turn
+        role = "model" if turn.get("role") in ("assistant", "model") else "user"
+        return {"role": role, "parts": [{"text": _plain_text(turn["content"])}]}
+
+    def read(self, chunk: dict[str, Any], answer: Answer, event: str) -> None:
+        answer.identify(chunk.get("responseId"), chunk.get("modelVersion"))
+        for candidate in _dicts(chunk.get("candidates"), answer):
+            self._read_candidate(candidate, answer)
+        blocked = _dict(chunk.get("promptFeedback")).get("blockReason")
+        if blocked and not chunk.get("candidates"):
+            answer.finish("content_filter", blocked)
+        usage = chunk.get("usageMetadata")
+        if isinstance(usage, dict):
+            self._read_usage(usage, answer)
+
+    def _read_usage(self, usage: dict[str, Any], answer: Answer) -> None:
+        counts = [_count(usage.get(k)) for k in ("candidatesTokenCount",)]
+        thoughts = _count(usage.get("thoughtsTokenCount"))
+        known = [c for c in [*counts, thoughts] if c is not None]
+        output = sum(known) if known else None
+        answer.count(usage.get("promptTokenCount"), output, usage)
+
+    def _read_candidate(self, candidate: dict[str, Any], answer: Answer) -> None:
+        index = _index(candidate.get("index"))
+        content = _dict(candidate.get("content"), answer)
+        for part in _dicts(content.get("parts"), answer):
+            self._read_part(part, index, answer)
+        raw = candidate.get("finishReason")
+        if isinstance(raw, int) and not isinstance(raw, bool):
+            raw = {1: "STOP", 2: "MAX_TOKENS", 3: "SAFETY"}.get(raw, str(raw))
+        if raw is not None:
+            self.finish(answer, raw, index)
+
+    def _read_part(self, part: dict[str, Any], index: int, answer: Answer) -> None:
+        if index == 0:
+            self._note_part(part, answer)
+        if isinstance(part.get("functionCall"), dict):
+            self._read_call(part["functionCall"], index, answer)
+        elif part.get("thought") is True:
+            answer.reasoning(part.get("text"), index)
+        else:
+            answer.text(part.get("text"), index)
+
+    def _note_part(self, part: dict[str, Any], answer: Answer) -> None:
+        """Keep what the next turn needs: runs of text, and everything signed."""
+        signature = part.get("thoughtSignature")
+        if "functionCall" in part or part.get("thought") is True or signature:
+            noted = dict(part)
+            if part.get("thought") is not True and "text" in part:
+                noted["text"] = (answer.position(), len(str(part["text"])))
+            if len(answer.parts) < _MOST_PARTS:
+                answer.parts.append(noted)
+        elif part.get("text") and not self._is_run(answer.parts):
+            answer.parts.append({"text": (answer.position(), None)})
+
+    def _is_run(self, parts: list[dict[str, Any]]) -> bool:
+        return bool(parts) and parts[-1].get("text", ("", ""))[-1] is None
+
+    def _read_call(self, call: dict[str, Any], index: int, answer: Answer) -> None:
+        partial = call.get("partialArgs")
+        current = answer.memory.get("partial")
+        if call.get("name") and (partial is not None or call.get("willContinue")):
+            current = answer.memory["partial"] = (index, answer.calls_begun)
+            answer.open_call(current, call.get("id"), call["name"])
+        if current is not None and not (call.get("name") and "args" in call):
+            self._read_partial(current, call, index, answer)
+            return
+        key = (index, answer.calls_begun)
+        answer.open_call(key, call.get("id"), call.get("name"))
+        answer.call_arguments(key, jsonlib.dumps(call.get("args") or {}), index)
+        answer.close_call(key)
+
+    def _read_partial(
+        self, key: Any, call: dict[str, Any], index: int, answer: Answer
+    ) -> None:
+        """Vertex streams arguments as values at JSON paths; {} ends the call."""
+        arguments = answer.memory.setdefault(("arguments", key), {})
+        for piece in _dicts(call.get("partialArgs"), answer):
+            _set_partial(arguments, piece)
+        if call.get("willContinue"):
+            answer.advance()
+            return
+        answer.call_arguments(key, jsonlib.dumps(arguments), index)
+        answer.close_call(key)
+        del answer.memory["partial"]
+
+    def message(self, answer: Answer, text: str) -> Any:
+        parts = [
+            self._noted(part, answer.parts[i + 1 :], text)
+            for i, part in enumerate(answer.parts)
+        ]
+        return {"role": "model", "parts": parts or [{"text": text}]}
+
+    def _noted(
+        self, part: dict[str, Any], later: list[dict[str, Any]], text: str
+    ) -> dict[str, Any]:
+        if not isinstance(part.get("text"), tuple):
+            return part
+        start, length = part["text"]
+        if length is None:
+            starts = (p["text"][0] for p in later if isinstance(p.get("text"), tuple))
+            end = next(starts, len(text))
+        else:
+            end = start + length
+        return {**part, "text": text[start:end]}
+
+    def add_turns(
+        self, body: dict[str, Any], turns: Sequence[tuple[str, str]]
+    ) -> dict[str, Any] | None:
+        contents = body.get("contents")
+        if not isinstance(contents, list) or not contents:
+            return None
+        new = [self._content({"role": r, "content": t}) for r, t in turns]
+        return {**body, "contents": contents + new}
+
+
+def _set_partial(arguments: dict[str, Any], piece: dict[str, Any]) -> None:
+    """Set, or lengthen, the value at a path such as ``$.days[0].name``."""
+    path = re.findall(r"[^.\[\]$'\"]+", str(piece.get("jsonPath") or ""))
+    values = [k for k in piece if k.endswith("Value")]
+    if not path or len(path) > 100 or not values:
+        return
+    node: dict[str, Any] = arguments
+    for step in path[:-1]:
+        node = node.setdefault(step, {})
+        if not isinstance(node, dict):
+            return
+    value = None if values[0] == "nullValue" else piece[values[0]]
+    known = node.get(path[-1])
+    both = isinstance(known, str) and isinstance(value, str)
+    node[path[-1]] = str(known) + str(value) if both else value
+
+
+class Cohere(Dialect):
+    """Cohere, version 2 of its chat API.
+
+    https://docs.cohere.com/v2/docs/streaming
+    """
+
+    name = "cohere"
+    base_url: str | None = "https://api.cohere.com"
+    base_url_names: tuple[str, ...] = ("CO_API_URL",)
+    key_names: tuple[str, ...] = ("CO_API_KEY",)
+    path = "/v2/chat"
+    vital_keys: tuple[str, ...] = (
+        "text",
+        "thinking",
+        "arguments",
+        "finish_reason",
+        "error",
+    )
+    finish_reasons: ClassVar[Mapping[str, str]] = {
+        "COMPLETE": "stop",
+        "STOP_SEQUENCE": "stop",
+        "MAX_TOKENS": "length",
+        "TOOL_CALL": "tool_calls",
+    }
+
+    def read(self, chunk: dict[str, Any], answer: Answer, event: str) -> None:
+        kind = chunk.get("type") or event
+        delta = _dict(chunk.get("delta"), answer)
+        message = _dict(delta.get("message"), answer)
+        if kind == "message-start":
+            answer.identify(chunk.get("id"), None)
+            answer.advance()
+        elif kind in ("content-start", "content-delta"):
+            self._read_content(_dict(message.get("content"), answer), answer)
+        elif kind in ("tool-call-start", "tool-call-delta"):
+            calls = _dict(message.get("tool_calls"), answer)
+            self._read_call(str(chunk.get("index")), calls, answer)
+        elif kind == "tool-call-end":
+            answer.close_call(str(chunk.get("index")))
+        elif kind == "tool-plan-delta":
+            plan = message.get("tool_plan")
+            plans = answer.memory.setdefault("plan", TextBuffer(answer.limits.text))
+            plans.add(plan if isinstance(plan, str) else "")
+            answer.advance()
+        elif kind == "message-end":
+            self._read_end(delta, answer)
+
+    def read_whole(self, document: dict[str, Any], answer: Answer) -> None:
+        answer.identify(document.get("id"), None)
+        message = _dict(document.get("message"), answer)
+        for part in _dicts(message.get("content"), answer):
+            self._read_content(part, answer)
+        for number, call in enumerate(_dicts(message.get("tool_calls"), answer)):
+            self._read_call(str(number), call, answer)
+        self._read_end(document, answer)
+
+    def _read_content(self, content: dict[str, Any], answer: Answer) -> None:
+        answer.reasoning(content.get("thinking"))
+        answer.text(content.get("text"))
+
+    def _read_call(self, key: str, call: dict[str, Any], answer: Answer) -> None:
+        function = _dict(call.get("function"), answer)
+        answer.open_call(key, call.get("id"), function.get("name"))
+        answer.call_arguments(key, function.get("arguments"))
+
+    def _read_end(self, delta: dict[str, Any], answer: Answer) -> None:
+        usage = _dict(delta.get("usage"))
+        tokens = _dict(usage.get("tokens"))
+        if usage:
+            answer.count(tokens.get("input_tokens"), tokens.get("output_tokens"), usage)
+        raw = delta.get("finish_reason")
+        if raw in ("ERROR", "TIMEOUT") or delta.get("error"):
+            kind = delta.get("error_type") or raw
+            answer.fail(self.error({"error": delta.get("error") or raw, "type": kind}))
+        else:
+            self.finish(answer, raw)
+
+    def message(self, answer: Answer, text: str) -> Any:
+        message = OpenAI.message(cast(OpenAI, self), answer, text)
+        plan = answer.memory.get("plan")
+        return {**message, "tool_plan": plan.text} if plan else message
+
+
+class Ollama(Dialect):
+    """Ollama's own chat API: one JSON text a line.
+
+    https://docs.ollama.com/api/chat
+    """
+
+    name = "ollama"
+    base_url: str | None = "http://localhost:11434"
+    base_url_names: tuple[str, ...] = ("OLLAMA_HOST",)
+    key_names: tuple[str, ...] = ("OLLAMA_API_KEY",)
+    path = "/api/chat"
+    framing = "ndjson"
+    end_marker = ""
+    vital_keys: tuple[str, ...] = (
+        "content",
+        "thinking",
+        "response",
+        "tool_calls",
+        "done",
+        "error",
+    )
+    idle_keys: tuple[str, ...] = ("created_at",)
+    finish_reasons: ClassVar[Mapping[str, str]] = {"stop": "stop", "length": "length"}
+
+    def named_url(self, value: str) -> str:
+        """OLLAMA_HOST is the server's address to listen at, often without scheme."""
+        url = value if "://" in value else "http://" + value
+        parts = urlsplit(url.replace("//0.0.0.0", "//127.0.0.1"))
+        if parts.port is None and parts.scheme == "http":
+            parts = parts._replace(netloc=parts.netloc + ":11434")
+        return urlunsplit(parts)
+
+    def read(self, chunk: dict[str, Any], answer: Answer, event: str) -> None:
+        answer.identify(None, chunk.get("model"))
+        message = self._message_of(chunk, answer)
+        answer.reasoning(message.get("thinking"))
+        answer.text(message.get("content"))
+        for call in _dicts(message.get("tool_calls"), answer):
+            self._read_call(call, answer)
+        if chunk.get("done") is True:
+            self._read_end(chunk, answer)
+
+    def _message_of(self, chunk: dict[str, Any], answer: Answer) -> dict[str, Any]:
+        return _dict(chunk.get("message"), answer)
+
+    def _read_call(self, call: dict[str, Any], answer: Answer) -> None:
+        function, key = _dict(call.get("function"), answer), answer.calls_begun
+        answer.open_call(key, call.get("id"), function.get("name"))
+        answer.call_arguments(key, jsonlib.dumps(function.get("arguments") or {}))
+        answer.close_call(key)
+
+    def _read_end(self, chunk: dict[str, Any], answer: Answer) -> None:
+        if "eval_count" in chunk or "prompt_eval_count" in chunk:
+            counts = {
+                k: v for k, v in chunk.items() if k.endswith(("count", "duration"))
+            }
+            answer.count(
+                chunk.get("prompt_eval_count"), chunk.get("eval_count"), counts
+            )
+        raw = chunk.get("done_reason")
+        if raw == "stop" and answer.calls_begun:
+            answer.finish("tool_calls", raw)
+        elif raw:
+            self.finish(answer, raw)
+        answer.end()
+
+    def message(self, answer: Answer, text: str) -> Any:
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if answer.side_text("reasoning"):
+            message["thinking"] = answer.side_text("reasoning")
+        calls = [
+            {"function": {"name": c.name, "arguments": parse_json(c.arguments)}}
+            for c in answer.tool_calls()
+        ]
+        return {**message, "tool_calls": calls} if calls else message
+
+
+class OllamaGenerate(Ollama):
+    """Ollama's completion of one prompt."""
+
+    name = "ollama-generate"
+    path = "/api/generate"
+
+    def body(
+        self, messages: Messages, model: str | None, params: dict[str, Any]
+    ) -> dict[str, Any]:
+        system, turns = _split_system(messages)
+        prompt = messages if isinstance(messages, str) else _prompt(turns)
+        body = super().body("", model, params)
+        del body["messages"]
+        return {"prompt": prompt, **({"system": system} if system else {}), **body}
+
+    def _message_of(self, chunk: dict[str, Any], answer: Answer) -> dict[str, Any]:
+        return {"content": chunk.get("response"), "thinking": chunk.get("thinking")}
+
+    def prefill(self, body: dict[str, Any], text: str) -> dict[str, Any] | None:
+        if body.get("raw") is not True or not isinstance(body.get("prompt"), str):
+            return None  # a template would be put around prompt and text
+        return {**body, "prompt": body["prompt"] + text}
+
+    def exact(self, body: dict[str, Any]) -> bool:
+        return body.get("raw") is True
+
+    def add_turns(
+        self, body: dict[str, Any], turns: Sequence[tuple[str, str]]
+    ) -> dict[str, Any] | None:
+        return None
+
+
+class TGI(Dialect):
+    """The native API of Hugging Face's Text Generation Inference."""
+
+    name = "tgi"
+    path = "/generate_stream"
+    end_marker = ""
+    vital_keys: tuple[str, ...] = ("token", "text", "generated_text", "error")
+    continues_exactly = True
+    finish_reasons: ClassVar[Mapping[str, str]] = {
+        "length": "length",
+        "eos_token": "stop",
+        "stop_sequence": "stop",
+    }
+
+    def body(
+        self, messages: Messages, model: str | None, params: dict[str, Any]
+    ) -> dict[str, Any]:
+        parameters = {"details": True, **_dict(params.get("parameters"))}
+        return {**params, "inputs": _prompt(messages), "parameters": parameters}
+
+    def read(self, chunk: dict[str, Any], answer: Answer, event: str) -> None:
+        token = _dict(chunk.get("token"), answer)
+        if not token.get("special"):
+            answer.text(token.get("text"))
+        if chunk.get("generated_text") is not None:
+            self._read_end(_dict(chunk.get("details"), answer), answer)
+
+    def read_whole(self, document: dict[str, Any], answer: Answer) -> None:
+        answer.text(document.get("generated_text"))
+        self._read_end(_dict(document.get("details"), answer), answer)
+
+    def _read_end(self, details: dict[str, Any], answer: Answer) -> None:
+        if details:
+            tokens = details.get("generated_tokens")
+            answer.count(details.get("input_length"), tokens, details)
+            self.finish(answer, details.get("finish_reason"))
+        answer.end()
+
+    def prefill(self, body: dict[str, Any], text: str) -> dict[str, Any] | None:
+        return {**body, "inputs": body["inputs"] + text}
+
+    def add_turns(
+        self, body: dict[str, Any], turns: Sequence[tuple[str, str]]
+    ) -> dict[str, Any] | None:
+        return None
+
+
+#: The dialects by name; add your own, or pass an instance as ``dialect=``.
+DIALECTS: dict[str, Dialect] = {
+    dialect.name: dialect
+    for dialect in (
+        OpenAI(),
+        Azure(),
+        VLLM(),
+        LlamaCpp(),
+        Mistral(),
+        DeepSeek(),
+        OpenRouter(),
+        OpenAIResponses(),
+        OpenAICompletions(),
+        Anthropic(),
+        Gemini(),
+        Cohere(),
+        Ollama(),
+        OllamaGenerate(),
+        TGI(),
+    )
+}
+
+
+# ---------------------------------------------------------------------------
+# 7. Intake: bytes of a body -> pieces of the answer
+# ---------------------------------------------------------------------------
+# What a body is shows in its first byte, whatever its Content-Type says: an event
+# stream, JSON lines, one JSON text from a server that did not stream, or HTML from a
+# proxy.  The central path is short: bytes, a region of complete events, pieces.
+# Where the events of a region differ in their text alone, they are not parsed one by
+# one: see _Shape, which gives the same pieces or none.
+
+
+class _LineDecoder:
+    """JSON lines, with the interface of :class:`SSEDecoder` that the intake uses."""
+
+    terminator = "\n"
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._pending = bytearray()
+        self._stray: list[str] = []
+
+    def _frame(self, chunk: bytes) -> str:
+        cut = chunk.rfind(b"\n") + 1
+        region = b""
+        if cut:
+            region = bytes(self._pending) + chunk[:cut]
+            self._pending.clear()
+        self._pending += chunk[cut:]
+        return region.decode("utf-8", "replace")
+
+    def _check(self) -> None:
+        limit = self._limits.line
+        if limit is not None and len(self._pending) > limit:
+            message = f"the stream has a line of more than {limit} bytes"
+            raise StreamLimitError(message, limit="line")
+
+    def _parse(self, region: str) -> list[ServerSentEvent]:
+        lines = [line for line in region.split("\n") if line.strip()]
+        return _new_events(lines, "")
+
+    def _finish(self) -> list[ServerSentEvent]:
+        """A JSON text needs no line feed to be whole."""
+        return self._parse(self._pending.decode("utf-8", "replace"))
+
+
+class _WholeDecoder(_LineDecoder):
+    """One JSON text; it is read at its end."""
+
+    def _frame(self, chunk: bytes) -> str:
+        self._pending += chunk
+        return ""
+
+    def _finish(self) -> list[ServerSentEvent]:
+        return _new_events([self._pending.decode("utf-8", "replace")], "")
+
+
+class _EventDecoder(SSEDecoder):
+    """The event stream decoder, as the intake uses it."""
+
+    terminator = "\n\n"
+
+    def _finish(self) -> list[ServerSentEvent]:
+        self.close()
+        return []
+
+
+if TYPE_CHECKING:
+    _Decoder = _EventDecoder | _LineDecoder
+
+_JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+_JSON_NUMBER = re.compile(r"\s*:\s*(0|[1-9][0-9]*)(?![0-9.eE])")
+
+
+class _Shape:
+    """Events that differ in their text alone, read many at a time.
+
+    A shape is learned from one event: the characters that stay (literals) and the
+    holes between them.  One hole is the JSON string whose value :meth:`Dialect.read`
+    delivered, proved by reading the event again with another string in its place.
+    The others are values that the dialect never reads, its event number, or spaces
+    at the end.  A region matches if it is nothing but literals and valid holes; then
+    each of its events would be parsed to the same thing with another text.
+    """
+
+    def __init__(self, kind: str, literals: list[str], holes: list[str]) -> None:
+        self.kind = kind
+        self.cursor: int | None = None
+        self._head = literals[0]
+        self._tail = literals[-1]
+        self._inner = literals[1:-1]
+        self._holes = holes
+
+    def match(self, region: str) -> list[str] | None:
+        """The text of each event; None if the region is not of this shape."""
+        head, tail = self._head, self._tail
+        if not (region.startswith(head) and region.endswith(tail)):
+            return None
+        rows: Sequence[str] = region[len(head) : -len(tail)].split(tail + head)
+        texts: list[str] | None = None
+        for hole, literal in itertools.zip_longest(self._holes, self._inner):
+            column = rows
+            if literal is not None:
+                parts = [row.partition(literal) for row in rows]
+                column, marks, rows = zip(*parts)
+                if "" in marks:
+                    return None
+            if hole == "text":
+                texts = _unquoted(column)
+                if texts is None:
+                    return None
+            elif not self._fits(hole, column):
+                return None
+        return texts
+
+    def _fits(self, hole: str, column: Sequence[str]) -> bool:
+        joined = "".join(column)
+        if hole == "spaces":
+            return not joined.strip(" ")
+        if hole == "idle":
+            return not ('"' in joined or "\\" in joined or "\n" in joined)
+        try:
+            numbers = [int(number) for number in column]
+        except ValueError:
+            return False
+        if hole == "cursor":
+            self.cursor = numbers[-1]
+        return list(map(str, numbers)) == list(column)
+
+
+def _unquoted(bodies: Sequence[str]) -> list[str] | None:
+    """The values of JSON strings, given without their quotes; None if one is not."""
+    joined = "".join(bodies)
+    if "\n" in joined:
+        return None
+    if '"' not in joined and "\\" not in joined:
+        return list(bodies)
+    values = []
+    for body in bodies:
+        if '"' in body or "\\" in body:
+            try:
+                body = parse_json(f'"{body}"')
+            except ValueError:
+                return None
+            if not isinstance(body, str) or _SURROGATE.search(body):
+                return None
+        values.append(body)
+    return values
+
+
+class _Lesson(NamedTuple):
+    """One event, taken as an example of a shape."""
+
+    dialect: Dialect
+    block: str
+    event: ServerSentEvent
+
+    def shape(self) -> _Shape | None:
+        """Learn the shape of the event; None if it does more than bring one text."""
+        start = self.block.find(self.event.data)
+        piece = self._read(self.event.data)
+        if start < 0 or piece is None:
+            return None
+        holes = self._holes(str(piece))
+        if [kind for *_, kind in holes].count("text") != 1:
+            return None
+        literals, end = [], 0
+        for left, right, _ in holes:
+            literals.append(self.block[end : start + left])
+            end = start + right
+        literals.append(self.block[end:])
+        kind = piece.kind if isinstance(piece, Delta) else "text"
+        if not all(literals):
+            return None
+        return _Shape(kind, literals, [kind for *_, kind in holes])
+
+    def _read(self, data: str) -> Piece | None:
+        """The piece that the event brings, if that is all that it does."""
+        answer = Answer()
+        chunk = parse_json(data)
+        if not isinstance(chunk, dict) or chunk.get("error"):
+            return None
+        self.dialect.read(chunk, answer, self.event.event)
+        effects = (answer.error, answer.ended, answer.finishes, answer.usage)
+        if any(effects) or answer.malformed or answer.parts or answer.calls_begun:
+            return None
+        if len(answer.out) != 1 or answer.progress != 1 or not answer.is_plain:
+            return None
+        piece = answer.out[0]
+        other = isinstance(piece, Delta) and (piece.index or piece.kind != "reasoning")
+        return None if other else piece
+
+    def _holes(self, text: str) -> list[tuple[int, int, str]]:
+        """Where the event varies: ``(start, end, kind)`` in its data, in order."""
+        data, dialect = self.event.data, self.dialect
+        holes = []
+        for token in _JSON_STRING.finditer(data):
+            key = _key_before(data, token.start())
+            number = _JSON_NUMBER.match(data, token.end())
+            if key is None and number is not None:
+                name = token.group()[1:-1]
+                if name == dialect.cursor_key:
+                    holes.append((*number.span(1), "cursor"))
+                elif name in dialect.idle_keys:
+                    holes.append((*number.span(1), "number"))
+            elif key in dialect.idle_keys:
+                holes.append((token.start() + 1, token.end() - 1, "idle"))
+            elif key is not None and self._brings(token, text):
+                holes.append((token.start() + 1, token.end() - 1, "text"))
+        if dialect.pads:
+            end = len(data.rstrip()[:-1])
+            holes.append((len(data[:end].rstrip()), end, "spaces"))
+        return holes
+
+    def _brings(self, token: Any, text: str) -> bool:
+        """Whether another string in place of this one would be the text instead."""
+        if parse_json(token.group()) != text:
+            return False
+        data, other = self.event.data, text + "?"
+        data = data[: token.start()] + jsonlib.dumps(other) + data[token.end() :]
+        return str(self._read(data)) == other
+
+
+_KEY = re.compile(r'"([^"\\]*)"\s*:\s*$')
+
+
+def _key_before(data: str, start: int) -> str | None:
+    """The key whose value begins at start; None if none does."""
+    found = _KEY.search(data, max(0, start - 80), start)
+    return found.group(1) if found else None
+
+
+_PATIENCE = 8
+
+
+class _Intake:
+    """The body of one response: fed with bytes, it gives pieces of the answer.
+
+    :param dialect: how to read an event.
+    :param answer: what it is written into; ``answer.error`` must be looked at after
+        each call, once the pieces are handed out.
+    :param on_event: called with each event, where somebody wants to see them.
+    """
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        answer: Answer,
+        limits: Limits,
+        on_event: Callable[[ServerSentEvent], None] | None = None,
+    ) -> None:
+        self.events = 0
+        self._dialect = dialect
+        self._answer = answer
+        self._limits = limits
+        self._on_event = on_event
+        self._decoder: _Decoder | None = None
+        self._first = b""
+        self._shape: _Shape | None = None
+        self._patience = 0 if on_event else _PATIENCE
+
+    def feed(self, chunk: bytes) -> list[Piece]:
+        """Take the next bytes; return what they bring."""
+        try:
+            if self._decoder is None:
+                chunk = self._choose_decoder(chunk)
+            if self._decoder is not None:
+                self._take(self._decoder._frame(chunk))
+                self._decoder._check()
+        except StreamingError as error:
+            self._answer.fail(error)
+        return self._answer.take()
+
+    def end(self) -> list[Piece]:
+        """The body has ended cleanly; return what that brings."""
+        answer = self._answer
+        try:
+            self._read_end()
+            if answer.error is None and (answer.ended or answer.finished):
+                answer.settle()
+        except StreamingError as error:
+            answer.fail(error)
+        return answer.take()
+
+    def _choose_decoder(self, chunk: bytes) -> bytes:
+        """Look at the first byte that is not blank."""
+        self._first += chunk
+        head = self._first[:4096].lstrip(_BOM).lstrip()
+        if not head and len(self._first) < 4096:
+            return b""
+        if head.startswith(b"<"):
+            raise MalformedStreamError(
+                "the server sent HTML, not a stream: is the base URL right, or does a "
+                f"proxy stand between? It begins with {_excerpt(head)!r}"
+            )
+        lines = self._dialect.framing == "ndjson"
+        if head.startswith((b"{", b"[")):
+            kind = _LineDecoder if lines and head[:1] == b"{" else _WholeDecoder
+            self._decoder = kind(self._limits)
+        elif lines and not head.startswith((b"data:", b"event:", b":")):
+            self._decoder = _LineDecoder(self._limits)
+        else:
+            self._decoder = _EventDecoder(limits=self._limits)
+        first, self._first = self._first, b""
+        return first
+
+    def _take(self, region: str) -> None:
+        """Read a region of complete events."""
+        if not region:
+            return
+        if self._shape is not None and self._answer.is_plain:
+            texts = self._shape.match(region)
+            if texts is not None:
+                self._take_texts(self._shape, texts)
+                return
+        decoder = cast("_Decoder", self._decoder)
+        events = decoder._parse(region)
+        for event in events:
+            self._read(event)
+            if self._answer.ended or self._answer.error is not None:
+                return
+        if decoder._stray:
+            self._read_stray(decoder)
+        if events and self._patience and self._answer.out:
+            self._learn(region, events[-1])
+
+    def _take_texts(self, shape: _Shape, texts: list[str]) -> None:
+        self.events += len(texts)
+        self._patience = _PATIENCE
+        if shape.cursor is not None:
+            self._answer.cursor = shape.cursor
+        if "" in texts:
+            texts = [text for text in texts if text]
+        if texts:
+            self._answer.add_texts(shape.kind, texts)
+
+    def _learn(self, region: str, event: ServerSentEvent) -> None:
+        """Learn the shape of the last event; after many misses, give up."""
+        self._patience -= 1
+        terminator = cast("_Decoder", self._decoder).terminator
+        start = region.rfind(terminator, 0, len(region) - len(terminator))
+        block = region[start + len(terminator) :] if start >= 0 else region
+        try:
+            self._shape = _Lesson(self._dialect, block, event).shape()
+        except (StreamingError, *_ODDITIES):
+            self._shape = None  # whatever it is, it is no plain text
+
+    def _read(self, event: ServerSentEvent) -> None:
+        """Read one event."""
+        self.events += 1
+        if self._on_event:
+            self._on_event(event)
+        marker = self._dialect.end_marker
+        if marker and event.data.strip() == marker:
+            self._answer.end()
+            return
+        try:
+            chunk = parse_json(event.data)
+        except ValueError:
+            self._read_malformed(event)
+            return
+        if event.event == "error":
+            self._answer.fail(self._dialect.error(chunk))
+        elif isinstance(chunk, dict):
+            self._read_chunk(chunk, event.event)
+        else:
+            self._count_malformed("JSON that is not an object")
+
+    def _read_chunk(self, chunk: dict[str, Any], event: str) -> None:
+        answer = self._answer
+        before = answer.malformed
+        if chunk.get("error"):
+            answer.fail(self._dialect.error(chunk))
+        try:
+            self._dialect.read(chunk, answer, event)
+        except _ODDITIES as error:
+            answer.malformed += 1
+            logger.debug("the dialect cannot read a chunk: %s", type(error).__name__)
+        if answer.malformed > before:
+            answer.malformed -= 1
+            self._count_malformed("JSON of an unexpected shape")
+
+    def _read_malformed(self, event: ServerSentEvent) -> None:
+        """Data that is not JSON: may it have carried text?"""
+        data = event.data.strip()
+        if event.event == "error":
+            self._answer.fail(self._dialect.error(data))
+        elif self._is_vital(data):
+            self._answer.fail(
+                MalformedStreamError(
+                    "data that may have carried text is not valid JSON; it begins "
+                    "with {!r}".format(data[:40].encode("ascii", "replace")),
+                    retryable=True,
+                )
+            )
+        elif data:
+            self._count_malformed("data that is not JSON")
+
+    def _is_vital(self, data: str) -> bool:
+        broke_off = data[:1] in ("{", "[") and data[-1:] not in ("}", "]")
+        keys = (f'"{key}"' for key in self._dialect.vital_keys)
+        return broke_off or any(key in data for key in keys)
+
+    def _count_malformed(self, what: str) -> None:
+        answer, most = self._answer, self._limits.malformed
+        answer.malformed += 1
+        logger.info("ignored %s", what)
+        if most is not None and answer.malformed > most:
+            answer.fail(
+                MalformedStreamError(
+                    f"more than {most} pieces of malformed data, the last one {what}; "
+                    "Limits(malformed=...) allows more"
+                )
+            )
+
+    def _read_stray(self, decoder: _Decoder) -> None:
+        """Errors outside of data: two kinds of servers send them (see README)."""
+        text = "\n".join(decoder._stray)
+        decoder._stray.clear()
+        field, _, value = text.partition(":")
+        try:
+            document = parse_json(value if field == "error" else text)
+        except ValueError:
+            return
+        if field == "error" and not _dict(document).get("error"):
+            document = {"error": document}
+        if _dict(document).get("error"):
+            self._answer.fail(self._dialect.error(document))
+
+    def _read_end(self) -> None:
+        decoder = self._decoder
+        if decoder is None:
+            message = "the server sent an empty body"
+            raise MalformedStreamError(message, retryable=True)
+        events = decoder._finish()
+        if isinstance(decoder, _WholeDecoder):
+            self._read_whole(events[0].data)
+            return
+        for event in events:
+            self._read(event)
+        if decoder._stray:
+            self._read_stray(decoder)
+
+    def _read_whole(self, text: str) -> None:
+        """A server that ignored ``stream``, or an error with status 200."""
+        answer = self._answer
+        try:
+            document = parse_json(text.lstrip("\ufeff"))
+        except ValueError:
+            raise MalformedStreamError(
+                "the server sent JSON that broke off, not a stream", retryable=True
+            ) from None
+        for part in document if isinstance(document, list) else [document]:
+            if _dict(part).get("error"):
+                answer.fail(self._dialect.error(part))
+            self._dialect.read_whole(_dict(part), answer)
+        has_answer = answer.out or answer.finishes or answer.calls_begun
+        if not has_answer and answer.error is None:
+            excerpt = _excerpt(text.encode("ascii", "replace"))
+            message = f"the server sent JSON that is not an answer: {excerpt!r}"
+            raise MalformedStreamError(message)
+        if isinstance(document, dict):
+            answer.end()
+
+
+#: What a dialect may run into when JSON has an odd shape.
+_ODDITIES = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    TypeError,
+    ValueError,
+    RecursionError,
+)
+
+
+def _excerpt(head: bytes) -> str:
+    return " ".join(head[:80].decode("ascii", "replace").split())
+
+
+# ---------------------------------------------------------------------------
+# 8. Recovery: what to do after a failure, and when
+# ---------------------------------------------------------------------------
+# Pure decisions.  choose_action is the one table: (mode, what was handed out, cause)
+# -> action.  A guess may cost a retry, never a text.
+
+_MODES = ("auto", "reattach", "continue", "ask", "replay", "never")
+_RESUMES = ("reattach", "continue", "ask", "replay")
+
+
+class Situation(NamedTuple):
+    """What a decision after a failed request depends on.
+
+    :param handed: something of the answer is in the caller's hand.
+    :param finished: a finish reason was seen: the text is whole.
+    :param seen_by_nobody: the call only returns the result, so it may start over.
+    :param has_text: visible text was received.
+    :param kept: all of it is still known (``Limits.text``).
+    :param only_text: nothing but visible text was handed out.
+    :param verifiable: what was handed out can be compared with a replay.
+    :param one_choice: ``n`` is 1.
+    :param tool_call: a tool call was begun.
+    :param reasoning: the last delta was reasoning.
+    :param constrained: a grammar or schema rules the output.
+    :param repeatable: the request asks for the same text each time.
+    :param reattachable: the provider keeps this generation for us.
+    :param exact: the dialect surely continues a prefix.
+    """
+
+    handed: bool = False
+    finished: bool = False
+    seen_by_nobody: bool = False
+    has_text: bool = False
+    kept: bool = True
+    only_text: bool = True
+    verifiable: bool = True
+    one_choice: bool = True
+    tool_call: bool = False
+    reasoning: bool = False
+    constrained: bool = False
+    repeatable: bool = False
+    reattachable: bool = False
+    exact: bool = False
+
+
+def choose_action(mode: ResumeMode, cause: StreamingError, now: Situation) -> str:
+    """Decide what follows a failed request.
+
+    :param mode: the caller's ``resume``.
+    :returns: ``retry continue ask replay reattach restart`` or ``raise``.
+    """
+    if not cause.retryable or now.finished:
+        return "raise"
+    dropped = not isinstance(cause, APIError)
+    if dropped and now.reattachable and mode in ("auto", "reattach"):
+        return "reattach"
+    if not now.handed:
+        return "retry"
+    if not now.kept:
+        return "restart" if now.seen_by_nobody and mode == "auto" else "raise"
+    if mode == "auto":
+        return _choose_safest(now)
+    if mode == "replay":
+        return "replay" if now.verifiable else "raise"
+    may_go_on = now.one_choice and now.only_text and not now.constrained
+    if mode in ("never", "reattach") or not (may_go_on and now.has_text):
+        return "raise"
+    return "ask" if mode == "ask" else "continue"
+
+
+def _choose_safest(now: Situation) -> str:
+    """Only what leaves no doubtful seam."""
+    closed = now.one_choice and not (now.tool_call or now.reasoning)
+    if closed and now.exact and now.has_text and now.only_text and not now.constrained:
+        return "continue"
+    if now.seen_by_nobody:
+        return "restart"
+    if closed and now.repeatable and now.verifiable and not now.constrained:
+        return "replay"
+    return "raise"
+
+
+def draw_wait(retry: Retry, failures: int, draw: float) -> float:
+    """The wait before another request, by full jitter.
+
+    :param failures: how many requests in a row have failed, from 1.
+    :param draw: a random number from 0 to 1.
+    """
+    bound = retry.wait_initial * 2.0 ** min(failures - 1, 60)
+    return draw * min(retry.wait_max, bound)
+
+
+_CONSTRAINTS = (
+    "response_format",
+    "format",
+    "grammar",
+    "json_schema",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "structured_outputs",
+    "output_format",
+    "regex",
+    "ebnf",
+)
+_SETTINGS = ("options", "generationConfig", "parameters", "text", "output_config")
+
+
+def _settings(body: dict[str, Any]) -> dict[str, Any]:
+    """The body with the sub-objects that providers keep their settings in."""
+    flat = dict(body)
+    for name in _SETTINGS:
+        if isinstance(body.get(name), dict):
+            flat.update(body[name])
+    return flat
+
+
+def _is_constrained(body: dict[str, Any]) -> bool:
+    flat = _settings(body)
+    values = [flat[name] for name in _CONSTRAINTS if flat.get(name)]
+    schemas = [flat.get(name) for name in ("responseSchema", "responseJsonSchema")]
+    plain = [v for v in values if _dict(v).get("type") != "text"]
+    mime = flat.get("responseMimeType") not in (None, "text/plain")
+    return bool(plain or any(schemas) or mime)
+
+
+def _is_repeatable(body: dict[str, Any]) -> bool:
+    flat = _settings(body)
+    return flat.get("seed") is not None or flat.get("temperature") == 0
+
+
+def _choice_count(body: dict[str, Any]) -> int:
+    flat = _settings(body)
+    counts = [_count(flat.get(name)) or 1 for name in ("n", "candidateCount")]
+    return max(counts)
+
+
+_ASK = (
+    "Your previous response was interrupted and ended with the text above. Continue "
+    "exactly where it ended: repeat nothing, and add no remark of your own."
+)
+
+
+def _redacted(text: str, secrets: Iterable[str]) -> str:
+    for secret in secrets:
+        if len(secret) >= 4:
+            text = text.replace(secret, "***")
+    return text
+
+
+# ===========================================================================
+# ======================== I/O starts here ==================================
+# ===========================================================================
+# Above: no socket, no clock, no thread, no requests.  A test holds this line.
+
+
+# ---------------------------------------------------------------------------
+# 9. Watchdog: one thread that ends what outlives its time
+# ---------------------------------------------------------------------------
+# A read that blocks can be ended from outside in one way that works everywhere: shut
+# down a duplicate of its socket.  (close() waits for the reader's lock, and
+# SSLSocket.shutdown() lets ciphertext through.)  A Guard holds that duplicate for one
+# request; the watchdog, one thread for the whole process, only looks at times.
+
+_now = time.monotonic
+_NEVER = math.inf
+
+
+class _Guard:
+    """The right to end one request from another thread, until it is over."""
+
+    def __init__(self) -> None:
+        self.due = _NEVER  # when to fire; written by the reader, for each read
+        self.kind = ""  # which limit that is
+        self.verdict = ""  # why it was fired
+        self.scheduled = _NEVER  # when the watchdog will look at it again
+        self.is_over = False
+        self.is_ready = False  # connected, TLS included
+        self.on_ready: Callable[[], None] = lambda: None
+        # Reentrant: a finalizer may release a guard while its thread fires it.
+        self._lock = threading.RLock()
+        self._socket: socket.socket | None = None
+
+    def attach(self, fileno: int) -> None:
+        """Take a duplicate of the request's socket."""
+        duplicate = socket.fromfd(fileno, socket.AF_INET, socket.SOCK_STREAM)
+        with self._lock:
+            if self._socket is not None:
+                self._socket.close()
+            self._socket = duplicate
+            if self.verdict or self.is_over:
+                self._shut_down()
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether there is a socket to shut down."""
+        return self._socket is not None
+
+    def set(self, due: float, kind: str) -> None:
+        """End the request at that time, unless it is set again."""
+        self.kind = kind
+        self.due = due
+        if due < self.scheduled:
+            _watchdog().watch(self)
+
+    def rest(self) -> None:
+        """No read is under way: nothing to end."""
+        self.due = _NEVER
+
+    def fire(self, verdict: str) -> None:
+        """End the request, and say why; once it is over, do nothing."""
+        with self._lock:
+            if not self.is_over:
+                self.verdict = self.verdict or verdict
+                self._shut_down()
+
+    def release(self) -> None:
+        """The request is over: the socket may now serve another one."""
+        with self._lock:
+            self.is_over = True
+            self.due = _NEVER
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
+
+    def _shut_down(self) -> None:
+        if self._socket is not None:
+            with contextlib.suppress(OSError):  # the peer may have been faster
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+
+class _Watchdog:
+    """Fire guards when they are due.
+
+    The reader writes ``guard.due`` without a lock.  What keeps that safe: a guard
+    whose ``scheduled`` time is not later than its ``due`` time will be looked at.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._heap: list[tuple[float, int, _Guard]] = []
+        self._serial = itertools.count()
+        self._sweep_at = 64
+        self._thread: threading.Thread | None = None
+
+    def watch(self, guard: _Guard) -> None:
+        """Look at the guard when it is due."""
+        with self._changed:
+            self._push(guard)
+            if len(self._heap) > self._sweep_at:
+                self._sweep()
+            if self._thread is None:
+                self._start()
+            if self._heap[0][2] is guard:
+                self._changed.notify()
+
+    def _push(self, guard: _Guard) -> None:
+        guard.scheduled = guard.due
+        heapq.heappush(self._heap, (guard.scheduled, next(self._serial), guard))
+
+    def _sweep(self) -> None:
+        """Forget requests that are over."""
+        self._heap = [entry for entry in self._heap if not entry[2].is_over]
+        heapq.heapify(self._heap)
+        self._sweep_at = max(64, 2 * len(self._heap))
+
+    def _start(self) -> None:
+        if sys.is_finalizing():
+            return
+        thread = threading.Thread(
+            target=self._run, name="resilient_sse watchdog", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:
+            logger.debug("no watchdog: %s; socket timeouts must do", error)
+            return
+        self._thread = thread
+
+    def _run(self) -> None:
+        while True:
+            guard = self._wait_for_due()
+            guard.fire(guard.kind)
+
+    def _wait_for_due(self) -> _Guard:
+        with self._changed:
+            while True:
+                wait = self._heap[0][0] - _now() if self._heap else None
+                if wait is None or wait > 0:
+                    self._changed.wait(wait)
+                    continue
+                guard = heapq.heappop(self._heap)[2]
+                # First this, then the look at due: a reader that sets due later sees
+                # that nobody will look at it, and calls watch().
+                guard.scheduled = _NEVER
+                if guard.due <= _now():
+                    return guard
+                if guard.due < _NEVER:
+                    self._push(guard)
+
+
+_the_watchdog: _Watchdog | None = None
+_creation = threading.Lock()
+
+
+def _watchdog() -> _Watchdog:
+    """The process's watchdog, made when it is first needed (gevent may patch)."""
+    global _the_watchdog
+    if _the_watchdog is None:
+        with _creation:
+            _the_watchdog = _the_watchdog or _Watchdog()
+    return _the_watchdog
+
+
+# ---------------------------------------------------------------------------
+# 10. Transport: one request, its response, every byte at once
+# ---------------------------------------------------------------------------
+# requests does connections, TLS, proxies and certificates; its body readers are left
+# out, since each of them either waits for more bytes than are there or costs a call a
+# byte.  Exceptions of the libraries are translated here and nowhere else.
+
+_READ = 65536
+_USER_AGENT = "resilient-sse/" + __version__
+_sending = threading.local()  # .guard: of the request that this thread is sending
+
+
+class _WatchedConnection:
+    """A connection that shows its socket to the guard before anything is sent."""
+
+    sock: Any
+    #: Whether a connected socket needs a handshake before a request can be sent.
+    shakes_hands = False
+
+    def _new_conn(self) -> Any:
+        sock = super()._new_conn()  # type: ignore[misc]
+        _show(sock)
+        if not self.shakes_hands:
+            _announce_ready()
+        return sock
+
+    def putrequest(self, *args: Any, **kwargs: Any) -> Any:
+        if self.sock is not None:
+            _show(self.sock)
+            _announce_ready()
+        return super().putrequest(*args, **kwargs)  # type: ignore[misc]
+
+
+def _show(sock: Any) -> None:
+    guard: _Guard | None = getattr(_sending, "guard", None)
+    if guard is not None:
+        guard.attach(sock.fileno())
+
+
+def _announce_ready() -> None:
+    guard: _Guard | None = getattr(_sending, "guard", None)
+    if guard is not None:
+        guard.is_ready = True
+        guard.on_ready()
+
+
+_PlainConnection = HTTPConnectionPool.ConnectionCls
+_TLSConnection = HTTPSConnectionPool.ConnectionCls
+
+
+class _WatchedPlain(_WatchedConnection, _PlainConnection):  # type: ignore[misc,valid-type]
+    pass
+
+
+class _WatchedTLS(_WatchedConnection, _TLSConnection):  # type: ignore[misc,valid-type]
+    shakes_hands = True
+
+
+class _PlainPool(HTTPConnectionPool):
+    @property
+    def ConnectionCls(self) -> Any:  # type: ignore[override]
+        known = HTTPConnectionPool.ConnectionCls  # a recorder may have replaced it
+        return _WatchedPlain if known is _PlainConnection else known
+
+
+class _TLSPool(HTTPSConnectionPool):
+    @property
+    def ConnectionCls(self) -> Any:  # type: ignore[override]
+        known = HTTPSConnectionPool.ConnectionCls
+        return _WatchedTLS if known is _TLSConnection else known
+
+
+class _WatchedAdapter(HTTPAdapter):
+    """The adapter of our own session; a caller's session keeps its own."""
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> Any:
+        super().init_poolmanager(*args, **kwargs)
+        self._watch(self.poolmanager)
+
+    def proxy_manager_for(self, proxy: Any, **kwargs: Any) -> Any:
+        manager = super().proxy_manager_for(proxy, **kwargs)
+        if not str(proxy).lower().startswith("socks"):
+            self._watch(manager)
+        return manager
+
+    def _watch(self, manager: Any) -> None:
+        manager.pool_classes_by_scheme = {"http": _PlainPool, "https": _TLSPool}
+
+
+_the_session: requests.Session | None = None
+
+
+def _own_session() -> requests.Session:
+    """The session that calls share, so that connections are used again."""
+    global _the_session
+    with _creation:
+        if _the_session is None:
+            session = requests.Session()
+            adapter = _WatchedAdapter(pool_maxsize=256, max_retries=0)
+            session.mount("https://", adapter)
+            session.mount("http://", adapter)
+            no_cookies = http.cookiejar.DefaultCookiePolicy(allowed_domains=[])
+            session.cookies.set_policy(no_cookies)
+            _the_session = session
+    return _the_session
+
+
+def _forget_parent() -> None:
+    """In a forked child: the thread is gone, and the sockets are the parent's."""
+    global _the_watchdog, _the_session, _creation
+    _the_watchdog = None
+    _the_session = None
+    _creation = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_parent)
+
+
+class _CutBody(Exception):
+    """The body ended before its end."""
+
+
+class _PlainBody:
+    """A body that http.client reads: of a known length, or up to the close.
+
+    :param source: has ``read1``, which returns what is there.
+    :param length: the announced bytes; None where the close ends the body.
+    """
+
+    def __init__(self, source: Any, length: int | None) -> None:
+        self._source = source
+        self._left = length
+        self.is_clean = length == 0
+
+    def read(self) -> bytes:
+        """Return the next bytes as soon as there are any; b"" at the clean end."""
+        if self.is_clean:
+            return b""
+        data: bytes = self._source.read1(_READ)
+        if self._left is not None:
+            self._left -= len(data)
+            if not data and self._left > 0:
+                raise _CutBody(f"{self._left} bytes are missing")
+            self.is_clean = self._left <= 0
+        elif not data:
+            self.is_clean = True
+        return data
+
+
+class _ChunkedBody:
+    """A chunked body, read many chunks at a time (RFC 9112, section 7.1).
+
+    :param source: the buffered socket file, behind the headers.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self._rest = b"\r\n"  # as if a chunk had just ended
+        self._left = 0  # bytes of the present chunk that are still to come
+        self.is_clean = False
+
+    def read(self) -> bytes:
+        """Return the next bytes as soon as there are any; b"" at the clean end."""
+        while not self.is_clean:
+            data = self._source.read1(_READ)
+            if not data:
+                raise _CutBody("the last chunk is missing")
+            body = self._strip(data)
+            if body:
+                return body
+        return b""
+
+    def _strip(self, data: bytes) -> bytes:
+        """Take the framing off."""
+        if self._left > len(data):
+            self._left -= len(data)
+            return data
+        pieces = [data[: self._left]]
+        raw = self._rest + data[self._left :]
+        self._left = 0
+        position, end = 0, len(raw)
+        while True:
+            # What stands at position is the line feed behind a chunk, and the next
+            # chunk's length; int() skips the white space.
+            start = raw.find(b"\n", position + 2) + 1
+            if not start:
+                break
+            length = self._length(raw[position:start])
+            if not length:
+                self._end(raw[start:])
+                return b"".join(pieces)
+            position = start + length
+            if position > end:
+                pieces.append(raw[start:])
+                self._left = position - end
+                self._rest = b""
+                return b"".join(pieces)
+            pieces.append(raw[start:position])
+        self._rest = raw[position:]
+        if len(self._rest) > _READ:
+            raise _CutBody("a chunk header has no end")
+        return b"".join(pieces)
+
+    def _length(self, line: bytes) -> int:
+        try:
+            length = int(line, 16)
+        except ValueError:
+            length = -1
+        if length < 0:  # chunk extensions are rare enough for a second look
+            digits = line.partition(b";")[0].strip()
+            if not re.match(rb"[0-9A-Fa-f]{1,15}\Z", digits):
+                raise _CutBody("a chunk header is garbled")
+            length = int(digits, 16)
+        return length
+
+    def _end(self, trailer: bytes) -> None:
+        """Read the trailer section, so that the connection can be used again."""
+        while not (trailer.startswith(b"\r\n") or b"\r\n\r\n" in trailer):
+            data = self._source.read1(_READ)
+            if not data or len(trailer) > _READ:
+                break
+            trailer += data
+        self.is_clean = True
+
+
+class _OneByteBody(_PlainBody):
+    """The way that always works, and is slow: for transports that hide their file."""
+
+    def __init__(self, response: requests.Response) -> None:
+        super().__init__(None, None)
+        self._bytes = response.iter_content(1)
+
+    def read(self) -> bytes:
+        data = next(self._bytes, b"")
+        self.is_clean = not data
+        return cast(bytes, data)
+
+
+class _InflatedBody:
+    """A compressed body, inflated in pieces of bounded size.
+
+    We ask for none, but some proxies compress all the same.
+    """
+
+    def __init__(self, body: _Body, encoding: str) -> None:
+        self._body = body
+        self._encoding = encoding
+        self._inflater: Any = None
+        self._input = b""
+
+    @property
+    def is_clean(self) -> bool:
+        return self._body.is_clean and not self._input
+
+    def read(self) -> bytes:
+        """Return the next inflated bytes; b"" at the clean end."""
+        while True:
+            data = self._input or self._body.read()
+            if not data:
+                if self._inflater is not None and not self._inflater.eof:
+                    raise _CutBody("the compressed data broke off")
+                return b""
+            piece = self._inflate(data)
+            if piece:
+                return piece
+
+    def _inflate(self, data: bytes) -> bytes:
+        if self._inflater is None or self._inflater.eof:
+            self._inflater = self._new_inflater(data)
+        piece: bytes = self._inflater.decompress(data, _READ)
+        self._input = self._inflater.unconsumed_tail or self._inflater.unused_data
+        if self._inflater.eof and not self._input.strip(b"\0"):
+            self._input = b""
+        return piece
+
+    def _new_inflater(self, data: bytes) -> Any:
+        """Raw deflate is sent under the name of zlib's format, and told by its head."""
+        is_zlib = data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0
+        if self._encoding == "deflate" and len(data) > 1 and not is_zlib:
+            return zlib.decompressobj(-zlib.MAX_WBITS)
+        return zlib.decompressobj(zlib.MAX_WBITS | 32)
+
+
+if TYPE_CHECKING:
+    _Body = _PlainBody | _ChunkedBody | _InflatedBody
+
+#: All that a body's read may raise, in any version of any library below us.
+_BODY_ERRORS = (
+    OSError,
+    http.client.HTTPException,
+    requests.RequestException,
+    ValueError,
+    AttributeError,
+    zlib.error,
+    _CutBody,
+)
+
+
+def _body_of(response: requests.Response) -> _Body:
+    """Choose the reader that hands over every byte at once."""
+    source = getattr(response.raw, "_fp", None)
+    buffered = getattr(source, "fp", None)
+    body: _Body
+    if not isinstance(source, http.client.HTTPResponse):  # a mock
+        known = hasattr(source, "read1")
+        body = _PlainBody(source, None) if known else _OneByteBody(response)
+    elif source.chunked and hasattr(buffered, "read1"):
+        body = _ChunkedBody(buffered)
+    else:
+        body = _PlainBody(source, source.length)
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding in ("", "identity"):
+        return body
+    if encoding in ("gzip", "x-gzip", "deflate"):
+        return _InflatedBody(body, encoding)
+    raise MalformedStreamError(
+        f"the server compressed the stream as {encoding[:40]!r}, though asked not to compress it"
+    )
+
+
+class _Request(NamedTuple):
+    """What is sent."""
+
+    method: str
+    url: str
+    headers: dict[str, str]
+    data: bytes | None
+    action: str
+    secrets: tuple[str, ...] = ()
+
+    @property
+    def shown_url(self) -> str:
+        """The URL as it may be logged: no query, no user."""
+        parts = urlsplit(self.url)
+        host = parts.netloc.rpartition("@")[2]
+        return urlunsplit((parts.scheme, host, parts.path, "", ""))
+
+    def shown_headers(self) -> dict[str, str]:
+        """The headers as they may be logged."""
+        return {name: _masked(name, value) for name, value in self.headers.items()}
+
+
+_SECRET_NAME = re.compile("auth|key|token|secret|cookie|passw", re.IGNORECASE)
+
+
+def _masked(name: str, value: str) -> str:
+    return "***" if _SECRET_NAME.search(name) else value
+
+
+class _Deadlines:
+    """When what has taken too long; time that the caller takes does not count.
+
+    :param started: when the call began.
+    """
+
+    def __init__(self, timeouts: Timeouts, started: float) -> None:
+        self._timeouts = timeouts
+        self._end = started + _or_never(timeouts.total)
+        self._sent = self._moved = started
+        self._paused: float | None = None
+        self.has_begun = False
+        self.has_finished = False
+
+    def send(self, now: float) -> None:
+        """A request is being sent."""
+        self._sent = self._moved = now
+        self._paused = None
+        self.has_begun = self.has_finished = False
+
+    def pause(self, now: float) -> None:
+        """The caller takes over."""
+        self._paused = now
+
+    def go_on(self, now: float) -> None:
+        """The caller comes back for more."""
+        if self._paused is not None:
+            self._sent += now - self._paused
+            self._moved += now - self._paused
+            self._paused = None
+
+    def move(self, now: float) -> None:
+        """There was progress."""
+        self._moved = now
+
+    def connect(self) -> tuple[float, str]:
+        """The end of connecting, and its name."""
+        limit = self._sent + _or_never(self._timeouts.connect)
+        return min((limit, "connect"), (self._end, "total"))
+
+    def headers(self) -> tuple[float, str]:
+        """The end of waiting for the headers."""
+        first = self._timeouts.first_token
+        if first is None:
+            limit = (self._sent + _or_never(self._timeouts.idle), "idle")
+        else:
+            limit = (self._sent + first, "first_token")
+        return min(limit, (self._end, "total"))
+
+    def read(self, now: float) -> tuple[float, str]:
+        """The end of the read that begins now."""
+        if not self.has_begun and not self.has_finished:
+            return self.headers()
+        limits = [(self._end, "total")]
+        silence = _or_never(self._timeouts.read)
+        if self.has_finished:
+            limits.append((self._moved + min(silence, 5.0), "end"))
+        else:
+            limits.append((now + silence, "read"))
+            limits.append((self._moved + _or_never(self._timeouts.idle), "idle"))
+        return min(limits)
+
+    def for_requests(self, now: float) -> tuple[float | None, float | None]:
+        """The timeouts to give to requests: connect, and up to the headers."""
+        connect, headers = self.connect()[0] - now, self.headers()[0] - now
+        return _finite(connect), _finite(headers)
+
+    def left(self, now: float) -> float:
+        """Seconds that are left of the whole call."""
+        return self._end - now
+
+
+def _or_never(seconds: float | None) -> float:
+    return _NEVER if seconds is None else seconds
+
+
+def _finite(seconds: float) -> float | None:
+    return max(seconds, 0.001) if seconds < _NEVER else None
+
+
+_TIMEOUT_ADVICE = {
+    "connect": "is the host right, and reachable? Timeouts(connect=...) allows more",
+    "first_token": "a proxy that buffers the answer looks like this, and so does a "
+    "long queue; Timeouts(first_token=...) allows more",
+    "read": "the connection is up but silent; Timeouts(read=...) allows more",
+    "idle": "only keep-alives came; Timeouts(idle=...) allows more",
+    "total": "the whole call took too long; Timeouts(total=...) allows more",
+}
+
+
+class _Exchange:
+    """One request and its response.
+
+    :param session: ours, or the caller's.
+    :param guard: ends it from outside.
+    """
+
+    def __init__(
+        self,
+        session: requests.Session | None,
+        request: _Request,
+        deadlines: _Deadlines,
+        guard: _Guard,
+    ) -> None:
+        self._session = session
+        self._request = request
+        self._deadlines = deadlines
+        self._guard = guard
+        self._body: _Body | None = None
+        self._response: requests.Response | None = None
+        self.bytes = 0
+        self.headers: Mapping[str, str] = {}
+        self.status = 0
+
+    def open(self) -> None:
+        """Send the request, wait for the headers, and check the status.
+
+        :raises StreamingError: of whatever kind fits.
+        """
+        self._check_verdict()
+        self._guard.on_ready = lambda: self._guard.set(*self._deadlines.headers())
+        self._guard.set(*self._deadlines.connect())
+        try:
+            self._response = self._send()
+        except StreamingError:
+            raise
+        except (OSError, http.client.HTTPException) as error:
+            raise self._translated(error, "request") from _stripped(error)
+        except ValueError as error:  # requests' InvalidURL and kin
+            message = _redacted(str(error), self._request.secrets)
+            raise ValueError(f"cannot send the request: {message}") from None
+        finally:
+            self._guard.rest()
+        self._check_verdict()
+        self._begin(self._response)
+
+    def _send(self) -> requests.Response:
+        request, session = self._request, self._session or _own_session()
+        _sending.guard = self._guard if self._session is None else None
+        try:
+            return session.request(
+                request.method,
+                request.url,
+                data=request.data,
+                headers=request.headers,
+                stream=True,
+                timeout=self._deadlines.for_requests(_now()),
+                allow_redirects=False,
+                # Any callable keeps .netrc from replacing the key.
+                auth=None if self._session and self._session.auth else _no_auth,
+                **_session_settings(self._session),
+            )
+        finally:
+            _sending.guard = None
+
+    def _begin(self, response: requests.Response) -> None:
+        self.status = response.status_code
+        self.headers = CaseInsensitiveDict(response.headers)
+        self._guard.is_ready = True
+        if self._session is not None:
+            self._take_socket(response)
+        _lift_socket_timeout(response)
+        self._body = _body_of(response)
+
+    def _take_socket(self, response: requests.Response) -> None:
+        try:
+            self._guard.attach(response.raw.fileno())
+        except (AttributeError, OSError, ValueError) as error:
+            logger.debug("no socket to watch: %s", error)  # a mock, or a short body
+
+    def check_status(self) -> None:
+        """Raise for everything but 200.
+
+        :raises APIError: with the body's message.
+        """
+        if self.status == 200:
+            return
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        body = self._read_error_body().decode("utf-8", "replace")
+        error = http_error(self.status, headers, body, time.time())
+        if 300 <= self.status < 400:
+            error.args = (
+                (
+                    f"the server answered with HTTP status {self.status}: a redirect, "
+                    "which is not followed, since the key and the prompt would go with "
+                    "it; correct the base URL"
+                ),
+            )
+        error.phase = "request"
+        raise error
+
+    def _read_error_body(self) -> bytes:
+        pieces: list[bytes] = []
+        try:
+            while sum(map(len, pieces)) < _BODY_KEPT:
+                piece = self.read(_now())
+                if not piece:
+                    break
+                pieces.append(piece)
+        except StreamingError as error:
+            if isinstance(error, StreamTimeoutError) and error.kind == "total":
+                raise
+            logger.debug("the error body broke off: %s", error)
+        return b"".join(pieces)[:_BODY_KEPT]
+
+    def read(self, now: float) -> bytes:
+        """Return the next bytes of the body; b"" at its clean end.
+
+        :raises StreamTimeoutError: a limit passed.
+        :raises StreamConnectionError: the body was cut.
+        """
+        guard = self._guard
+        due, kind = self._deadlines.read(now)
+        self._check_verdict()
+        if now >= due:
+            raise self._timeout(kind)
+        guard.set(due, kind)
+        try:
+            data = cast("_Body", self._body).read()
+        except _BODY_ERRORS as error:
+            raise self._translated(error, "stream") from _stripped(error)
+        finally:
+            guard.rest()
+        if guard.verdict and not data:
+            self._check_verdict()
+        self.bytes += len(data)
+        return data
+
+    def drain(self) -> None:
+        """Behind the end marker: read up to the body's end, if it comes soon."""
+        limit = _now() + 0.2
+        try:
+            while not cast("_Body", self._body).is_clean and _now() < limit:
+                self._guard.set(limit, "end")
+                if not cast("_Body", self._body).read():
+                    return
+        except _BODY_ERRORS as error:
+            logger.debug("the end of the body was cut: %s", type(error).__name__)
+        finally:
+            self._guard.rest()
+
+    def close(self) -> None:
+        """Let the connection serve again if the body was read to its end; or close."""
+        self._guard.release()
+        response, body = self._response, self._body
+        self._response = None
+        if response is None:
+            return
+        if body is not None and body.is_clean and not self._guard.verdict:
+            source = getattr(response.raw, "_fp", None)
+            if isinstance(source, http.client.HTTPResponse):
+                source.close()
+            if hasattr(response.raw, "release_conn"):
+                response.raw.release_conn()
+        response.close()
+
+    # -- the one place where exceptions of the libraries become ours
+
+    def _check_verdict(self) -> None:
+        verdict = self._guard.verdict
+        if verdict == "closed":
+            message = "the stream was closed by another thread"
+            raise StreamAbortedError(message)
+        if verdict:
+            raise self._timeout(verdict)
+
+    def _timeout(self, kind: str) -> StreamingError:
+        now = _now()
+        if self._deadlines.left(now) <= 0:
+            kind = "total"
+        message = "the {} timeout passed: {}".format(
+            kind, _TIMEOUT_ADVICE.get(kind, "")
+        )
+        return StreamTimeoutError(message, kind=kind, retryable=kind != "total")
+
+    def _translated(self, error: BaseException, phase: str) -> StreamingError:
+        if self._guard.verdict:
+            try:
+                self._check_verdict()
+            except StreamingError as verdict:
+                return verdict
+        if self._is_timeout(error):
+            return self._timeout(self._kind_of_timeout(error, phase))
+        if phase == "request" and not self._guard.is_ready:
+            phase = "connect"
+        what = "could not connect" if phase == "connect" else "the connection dropped"
+        if phase == "request":
+            what = "the connection dropped before the response"
+        return StreamConnectionError(
+            "{} ({}); {}".format(
+                what, _reason(error), "is the network up and the base URL right?"
+            ),
+            phase=phase,
+            retryable=not _is_certificate_error(error),
+        )
+
+    def _is_timeout(self, error: BaseException) -> bool:
+        kinds = (requests.Timeout, socket.timeout)
+        return any(isinstance(e, kinds) and _no_errno(e) for e in _chain(error))
+
+    def _kind_of_timeout(self, error: BaseException, phase: str) -> str:
+        if phase != "request":
+            return self._deadlines.read(_now())[1]
+        is_late = (
+            isinstance(error, requests.ReadTimeout) and not self._guard.is_attached
+        )
+        is_connected = self._guard.is_ready or is_late
+        return self._deadlines.headers()[1] if is_connected else "connect"
+
+
+def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    return request
+
+
+def _session_settings(session: requests.Session | None) -> dict[str, Any]:
+    """What a caller's session was told, and requests would let the environment win."""
+    if session is None:
+        return {}
+    settings: dict[str, Any] = {}
+    if session.verify is not True:
+        settings["verify"] = session.verify
+    if session.proxies:
+        settings["proxies"] = dict(session.proxies)
+    return settings
+
+
+def _lift_socket_timeout(response: requests.Response) -> None:
+    """The timeout for the headers is not the one for the body; the guard has that."""
+    buffered = getattr(getattr(response.raw, "_fp", None), "fp", None)
+    sock = getattr(getattr(buffered, "raw", None), "_sock", None)
+    if sock is not None and hasattr(sock, "settimeout"):
+        with contextlib.suppress(OSError):  # a short body may be over already
+            sock.settimeout(None)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, and those that it wraps as cause, context or argument."""
+    waiting: list[Any] = [error]
+    seen: set[int] = set()
+    while waiting and len(seen) < 20:
+        error = waiting.pop(0)
+        if not isinstance(error, BaseException) or id(error) in seen:
+            continue
+        seen.add(id(error))
+        yield error
+        inner = [*error.args, getattr(error, "reason", None)]
+        waiting += [error.__cause__, error.__context__, *inner]
+
+
+def _no_errno(error: BaseException) -> bool:
+    """ETIMEDOUT of TCP keep-alive is a drop; a timeout of ours has no number."""
+    return getattr(error, "errno", None) is None
+
+
+def _is_certificate_error(error: BaseException) -> bool:
+    return any(isinstance(e, ssl.SSLCertVerificationError) for e in _chain(error))
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost error's name; texts of libraries may quote URLs and hosts."""
+    *_, last = _chain(error)
+    known = [e for e in _chain(error) if isinstance(e, OSError) and e.errno]
+    if known:
+        return f"{type(known[0]).__name__}: {known[0].strerror}"
+    return type(last).__name__
+
+
+def _stripped(error: BaseException) -> BaseException:
+    """The error as a cause: without request and response, which hold the key."""
+    for inner in _chain(error):
+        for name in ("request", "response", "url", "pool"):
+            if getattr(inner, name, None) is not None:
+                with contextlib.suppress(AttributeError):  # a property of its class
+                    setattr(inner, name, None)
+        inner.args = tuple(
+            a for a in inner.args if not isinstance(a, str) or "?" not in a
+        )
+    return error
+
+
+# ---------------------------------------------------------------------------
+# 11. Chat streams: stream_chat, complete_chat, ChatStream
+# ---------------------------------------------------------------------------
+# The caller's thread reads and yields; there is no other one, no queue, nothing
+# between the socket and the loop.  Batches go up, one for each read: _exchange makes
+# them for one request, _batches strings requests together, ChatStream hands out.
+
+_stream_numbers = itertools.count(1)
+_HISTORY_KEPT = 1000
+
+
+def _pause(closing: threading.Event, seconds: float) -> None:
+    """Wait, unless the stream is closed meanwhile."""
+    closing.wait(seconds)
+
+
+class _Reporter:
+    """Tells the observers of one stream."""
+
+    def __init__(self, observers: tuple[Observer, ...]) -> None:
+        self.observers = observers
+        self.number = next(_stream_numbers)
+        self.started = _now()
+        self.attempt = 0
+
+    def tell(self, what: str, why: str, data: Any) -> None:
+        """Call ``on_<what>`` of every observer."""
+        if not self.observers:
+            return
+        seconds = _now() - self.started
+        record = StreamRecord(what, self.number, seconds, self.attempt, why, data)
+        for observer in self.observers:
+            getattr(observer, "on_" + what)(record)
+
+    def wants(self, what: str) -> bool:
+        """Whether any observer listens to this."""
+        base = getattr(Observer, "on_" + what)
+        hooks = [getattr(observer, "on_" + what) for observer in self.observers]
+        return any(getattr(hook, "__func__", hook) is not base for hook in hooks)
+
+
+class _Prompt(NamedTuple):
+    """What was asked, and how to ask again."""
+
+    dialect: Dialect
+    url: str
+    body: dict[str, Any]
+    headers: dict[str, str]
+    key: str | Callable[[], str] | None
+    resume: ResumeMode
+
+    def request(self, action: str, answer: Answer) -> tuple[_Request, Seam | None]:
+        """The request that carries out an action, and the seam that it makes.
+
+        :raises IncompleteStreamError: there is no such request.
+        """
+        text = answer.received.text
+        if action == "reattach":
+            url = self.dialect.reattach_url(self.url, answer)
+            return self._get(str(url), action), None
+        if action == "replay":
+            return self._post(self.url, self.body, action), None
+        if action not in ("continue", "ask"):
+            return self._post(self.url, self.body, action), None
+        sent = text.rstrip() if self.dialect.strips_prefix else text
+        body = self._resumed_body(action, sent)
+        if body is None:
+            raise IncompleteStreamError(
+                f"the dialect {self.dialect.name!r} cannot {action} this answer"
+            )
+        url = self.dialect.resume_url(self.url)
+        seam = AskSeam(text) if action == "ask" else ContinueSeam(text, sent)
+        return self._post(url, body, action), seam
+
+    def _resumed_body(self, action: str, text: str) -> dict[str, Any] | None:
+        if action == "ask":
+            turns = [("assistant", text), ("user", _ASK)]
+            return self.dialect.add_turns(self.body, turns)
+        if callable(self.resume):
+            return self.resume(copy.deepcopy(self.body), text)
+        return self.dialect.prefill(self.body, text) if text else None
+
+    def can_continue(self, text: str) -> bool:
+        """Whether the dialect surely continues this text."""
+        if self.dialect.strips_prefix:
+            text = text.rstrip()
+        if not (text and self.dialect.exact(self.body)):
+            return False
+        return self.dialect.prefill(self.body, text) is not None
+
+    def _post(self, url: str, body: dict[str, Any], action: str) -> _Request:
+        data = jsonlib.dumps(body).encode("ascii")
+        headers = {"Content-Type": "application/json"}
+        return self._with_key(_Request("POST", url, headers, data, action))
+
+    def _get(self, url: str, action: str) -> _Request:
+        return self._with_key(_Request("GET", url, {}, None, action))
+
+    def _with_key(self, request: _Request) -> _Request:
+        key = self.key() if callable(self.key) else self.key
+        headers = CaseInsensitiveDict(_standard_headers())
+        headers.update(request.headers)
+        headers.update(self.dialect.headers())
+        if key is not None:
+            headers.update(self.dialect.auth(_checked_key(key)))
+        _merge_headers(headers, self.headers)
+        secrets = tuple(v for n, v in headers.items() if _SECRET_NAME.search(n))
+        bare = tuple(s.partition(" ")[2] for s in secrets if " " in s)
+        return request._replace(headers=dict(headers), secrets=bare + secrets)
+
+
+def _standard_headers() -> dict[str, str]:
+    return {
+        "Accept": "text/event-stream, application/x-ndjson, application/json",
+        "Accept-Encoding": "identity",
+        "Cache-Control": "no-store",
+        "User-Agent": _USER_AGENT,
+    }
+
+
+def _merge_headers(headers: Any, more: Mapping[str, str | None]) -> None:
+    """Put the caller's headers over ours; None takes one away."""
+    for name, value in more.items():
+        if value is None:
+            headers.pop(name, None)
+        else:
+            headers[name] = value
+
+
+class _Ledger:
+    """The counts and the history of one call."""
+
+    def __init__(self) -> None:
+        self.started = self._request_started = _now()
+        self.ended: float | None = None
+        self.first_token: float | None = None
+        self.requests = 0
+        self.bytes = 0
+        self.events = 0
+        self.deltas = 0
+        self.malformed = 0
+        self.history: list[RequestRecord] = []
+        self.seams: list[int] = []
+
+    def record(
+        self, action: str, error: str, message: str, usage: Usage | None = None
+    ) -> None:
+        """Note what ended a request."""
+        seconds = _now() - self._request_started
+        number = self.requests
+        record = RequestRecord(number, action, error, message, None, usage, seconds)
+        self.history.append(record)
+        del self.history[:-_HISTORY_KEPT]
+
+    def begin_request(self) -> None:
+        """A request is being sent."""
+        self.requests += 1
+        self._request_started = _now()
+
+    def note_wait(self, seconds: float) -> None:
+        """The last request is followed by a wait."""
+        self.history[-1] = self.history[-1]._replace(wait=seconds)
+
+    def note_usage(self, usage: Usage | None) -> None:
+        """The last request reported this usage."""
+        self.history[-1] = self.history[-1]._replace(usage=usage)
+
+    def note_seam(self, offset: int) -> None:
+        """Another request takes over there."""
+        self.seams.append(offset)
+        del self.seams[:-_HISTORY_KEPT]
+
+    def note_first_token(self) -> None:
+        """A delta came."""
+        if self.first_token is None:
+            self.first_token = _now() - self.started
+
+    def forget(self, answer: Answer) -> None:
+        """Take over the counts of an answer that is given up."""
+        self.deltas += answer.deltas
+        self.malformed += answer.malformed
+
+    def stats(self, answer: Answer) -> StreamStats:
+        """The counts so far."""
+        end = _now() if self.ended is None else self.ended
+        return StreamStats(
+            malformed=self.malformed + answer.malformed,
+            bytes=self.bytes,
+            events=self.events,
+            deltas=self.deltas + answer.deltas,
+            requests=self.requests,
+            retries=max(0, self.requests - 1),
+            first_token_seconds=self.first_token,
+            seconds=end - self.started,
+            cut_tool_calls=answer.calls_begun - len(answer.tool_calls()),
+            text_dropped=answer.dropped,
+        )
+
+
+class _Recovery:
+    """Decides what follows a failed request of one call."""
+
+    def __init__(self, prompt: _Prompt, retry: Retry) -> None:
+        self.prompt = prompt
+        self.retry = retry
+        self.seen_by_nobody = False
+        self.sees_deltas = False
+        self.spent = 0  # requests that count against Retry.attempts
+        self.failures = 0  # in a row, without progress
+        self._drop: StreamingError | None = None
+
+    def decide(
+        self, error: StreamingError, action: str, answer: Answer
+    ) -> tuple[str, StreamingError]:
+        """Return the next action, and the error to raise if it is ``raise``."""
+        now = self._situation(answer)
+        if answer.started or (action == "reattach" and answer.progress):
+            self.failures = 0
+        if action == "reattach" and answer.progress:
+            self.spent = 1
+        self.failures += 1
+        if self._is_refusal(error, action, answer) and self._drop is not None:
+            return self._after_refusal(now), self._drop
+        mode = "continue" if callable(self.prompt.resume) else self.prompt.resume
+        choice = choose_action(mode, error, now)
+        self._drop = error
+        if choice != "raise" and self.spent >= self.retry.attempts:
+            choice = "raise"
+        return choice, error
+
+    def _is_refusal(self, error: StreamingError, action: str, answer: Answer) -> bool:
+        fatal = isinstance(error, APIError) and not error.retryable
+        return fatal and action in _RESUMES and not answer.started
+
+    def _after_refusal(self, now: Situation) -> str:
+        if self.spent >= self.retry.attempts:
+            return "raise"
+        if not now.handed:
+            return "retry"
+        return "restart" if now.seen_by_nobody else "raise"
+
+    def _situation(self, answer: Answer) -> Situation:
+        prompt, body = self.prompt, self.prompt.body
+        text = answer.received.text
+        side = answer.sides() if self.sees_deltas else {}
+        called = bool(answer.calls_begun)
+        strange = (called and self.sees_deltas) or bool(
+            [key for key in side if key[0] != "reasoning"]
+        )
+        return Situation(
+            handed=bool(text or side or (called and self.sees_deltas)),
+            finished=answer.finished,
+            seen_by_nobody=self.seen_by_nobody,
+            has_text=bool(text),
+            kept=not answer.received.dropped,
+            only_text=not strange,
+            verifiable=not (called and self.sees_deltas),
+            one_choice=_choice_count(body) == 1 and not answer.texts(),
+            tool_call=called,
+            reasoning=answer.last_kind == "reasoning",
+            constrained=_is_constrained(body),
+            repeatable=_is_repeatable(body),
+            reattachable=body.get("background") is True
+            and prompt.dialect.reattach_url(prompt.url, answer) is not None,
+            exact=prompt.can_continue(text),
+        )
+
+    def wait_for(self, error: StreamingError, left: float) -> float:
+        """Seconds to wait before the next request.
+
+        :param left: seconds that are left of the whole call.
+        :returns: the wait; infinite if there is no time for it.
+        """
+        asked = getattr(error, "retry_after", None)
+        if asked is None:
+            wait = draw_wait(self.retry, self.failures, random.random())
+        else:
+            wait = asked if asked <= self.retry.retry_after_max else _NEVER
+        return wait if wait < left else _NEVER
+
+
+Item = TypeVar("Item")
+
+if TYPE_CHECKING:
+    Opener = Callable[[_Request, _Deadlines, _Guard], Any]
+
+
+def _opener(session: requests.Session | None) -> Opener:
+    def opener(request: _Request, deadlines: _Deadlines, guard: _Guard) -> _Exchange:
+        return _Exchange(session, request, deadlines, guard)
+
+    return opener
+
+
+class _Loop(Generic[Item]):
+    """What chats and event streams share: handing out, closing, failing.
+
+    :param opener: makes the exchange for a request.
+    """
+
+    def __init__(
+        self,
+        opener: Opener,
+        timeouts: Timeouts,
+        limits: Limits,
+        observers: tuple[Observer, ...],
+    ) -> None:
+        self.limits = limits
+        self.reporter = _Reporter(observers)
+        self.ledger = _Ledger()
+        self.headers: Mapping[str, str] = {}
+        self.items: Iterator[Item] = iter(())
+        self.failure: StreamingError | None = None
+        self.closed = False
+        self._request: _Request | None = None
+        self._timeouts = timeouts
+        self._open = opener
+        self._deadlines = _Deadlines(timeouts, _now())
+        self._guard: _Guard | None = None
+        self._closing = threading.Event()
+        self._closed_elsewhere = False
+        self._reader = threading.get_ident()
+        self._is_over = False
+        self._source = self._batches()
+
+    # -- what a kind of stream defines
+
+    def _batches(self) -> Generator[list[Item], None, None]:
+        """Requests, one after the other; a batch for each read."""
+        raise NotImplementedError
+
+    def _tell_item(self, item: Item) -> None:
+        """Tell the observers of an item that is handed out."""
+        raise NotImplementedError
+
+    def _show(self, batch: list[Item], position: Iterator[Item]) -> None:
+        """A batch begins to be handed out."""
+
+    def _complete_error(self, error: StreamingError) -> None:
+        """Put on the error what was received."""
+
+    # -- what the public streams call
+
+    def pull(self) -> bool:
+        """Make the next batch the present one; False at the end."""
+        self._reader = threading.get_ident()
+        if self.closed:
+            self.check_closed()
+        batch = next(self._source, None)
+        if batch is None:
+            return False
+        position = iter(batch)
+        self._show(batch, position)
+        self.items = self._told(position) if self.reporter.observers else position
+        return True
+
+    def check_closed(self) -> bool:
+        """Whether the stream is closed; raises if another thread did it."""
+        if self.closed and self._closed_elsewhere and not self._is_over:
+            message = "the stream was closed by another thread"
+            self._fail(StreamAbortedError(message))
+        return self.closed
+
+    def raise_again(self) -> None:
+        """A stream that failed does not look like one that has ended."""
+        if self.failure is not None:
+            raise self.failure
+
+    def close(self) -> None:
+        """End the stream, from any thread."""
+        if self.closed or self._is_over:
+            return
+        self._closed_elsewhere = threading.get_ident() != self._reader
+        self.closed = True
+        self._closing.set()
+        guard = self._guard
+        if guard is not None:
+            guard.fire("closed")
+        if not self._closed_elsewhere:
+            self.leave()
+
+    def leave(self) -> None:
+        """The reader leaves: let go of the connection."""
+        try:
+            self._source.close()
+        except ValueError as error:
+            # A signal handler or an observer closes the stream inside of the loop,
+            # which is going to see it.
+            logger.debug("closed from within: %s", error)
+            return
+        if not self._is_over:
+            self.closed = True
+            why = "the caller left before the end"
+            self._end("error", why, StreamAbortedError(why))
+
+    # -- steps of the loop
+
+    @property
+    def _is_closed_by_reader(self) -> bool:
+        return self.closed and not self._closed_elsewhere
+
+    def _begin(self, facts: dict[str, Any], request: _Request) -> None:
+        now = _now()
+        self.ledger.started = self.reporter.started = now
+        self._deadlines = _Deadlines(self._timeouts, now)
+        facts = {**facts, "url": request.shown_url}
+        self.reporter.tell("start", "to " + request.shown_url, facts)
+
+    def _new_exchange(self, request: _Request) -> Any:
+        """Count and announce a request; it is sent by the exchange's open()."""
+        guard = self._guard = _Guard()
+        if self.closed:
+            guard.verdict = "closed"
+        self.ledger.begin_request()
+        self.reporter.attempt = self.ledger.requests
+        self._deadlines.send(_now())
+        facts = {
+            "method": request.method,
+            "url": request.shown_url,
+            "action": request.action,
+            "headers": request.shown_headers(),
+            "body_bytes": len(request.data or b""),
+        }
+        why = f"{request.action} by {request.method}"
+        self.reporter.tell("request", why, facts)
+        return self._open(request, self._deadlines, guard)
+
+    def _note_response(self, exchange: Any) -> None:
+        self.headers = exchange.headers
+        shown = {name: _masked(name, value) for name, value in self.headers.items()}
+        facts = {"status": exchange.status, "headers": shown}
+        self.reporter.tell("response", f"HTTP status {exchange.status}", facts)
+
+    def _read(self, exchange: Any) -> bytes:
+        """The next bytes of a body; b"" at its clean end."""
+        now = _now()
+        self._deadlines.go_on(now)
+        chunk: bytes = exchange.read(now)
+        if chunk and self.reporter.observers:
+            self.reporter.tell("chunk", f"{len(chunk)} bytes", chunk)
+        return chunk
+
+    def _close_exchange(self, exchange: Any) -> None:
+        self._guard = None
+        self.ledger.bytes += exchange.bytes
+        exchange.close()
+
+    def _told(self, position: Iterator[Item]) -> Iterator[Item]:
+        """Tell the observers of each item, just before it is handed out."""
+        for item in position:
+            self._tell_item(item)
+            yield item
+
+    def _record(self, error: StreamingError) -> str:
+        """Note what ended a request; raise if the stream was closed."""
+        request = cast(_Request, self._request)
+        message = _redacted(str(error), request.secrets)
+        self.ledger.record(request.action, type(error).__name__, message)
+        if isinstance(error, StreamAbortedError):
+            self._fail(error)
+        self.check_closed()
+        return message
+
+    def _wait(self, error: StreamingError, action: str, wait: float) -> None:
+        """Announce another request, and wait for its time."""
+        self.ledger.note_wait(wait)
+        message = self.ledger.history[-1].message
+        why = f"{action} in {wait:.1f} s after {message}"
+        logger.warning("request %d: %s", self.ledger.requests, why)
+        facts = {"error": error, "wait": wait, "action": action}
+        self.reporter.tell("retry", why, facts)
+        if action == "restart":
+            self.reporter.tell("restart", why, facts)
+        _pause(self._closing, wait)
+
+    def _end(self, what: str, why: str, data: Any) -> None:
+        self._is_over = True
+        self.ledger.ended = _now()
+        self.reporter.tell(what, why, data)
+
+    def _fail(self, error: StreamingError) -> NoReturn:
+        """Complete the error with all that is known, and raise it."""
+        self._complete_error(error)
+        secrets = self._request.secrets if self._request else ()
+        error.args = (_redacted(str(error), secrets),)
+        if isinstance(error, APIError):
+            error.body = _redacted(error.body, secrets)
+        error.history = tuple(self.ledger.history)
+        self.failure = error
+        self._end("error", str(error), error)
+        raise error
+
+
+def _handed_out(loop: _Loop[Item]) -> Iterator[Item]:
+    # A generator that holds the loop, not the public stream: so a for statement over
+    # an unnamed stream drops it, and closes the connection, when it is left.
+    try:
+        while loop.pull():
+            for item in loop.items:
+                yield item
+                if loop.closed and loop.check_closed():
+                    return
+    finally:
+        loop.leave()
+
+
+class _Chat(_Loop["Piece"]):
+    """The loop of one call: requests, reads, and what comes of them."""
+
+    def __init__(
+        self,
+        prompt: _Prompt,
+        recovery: _Recovery,
+        opener: Opener,
+        timeouts: Timeouts,
+        limits: Limits,
+        observers: tuple[Observer, ...],
+    ) -> None:
+        super().__init__(opener, timeouts, limits, observers)
+        self.prompt = prompt
+        self.recovery = recovery
+        self.answer = Answer(limits)
+        self._view: tuple[int, Iterator[Piece], list[Piece]] = (0, iter(()), [])
+
+    @property
+    def text(self) -> str:
+        """The text that was handed out."""
+        total, position, batch = self._view
+        rest = batch[len(batch) - operator.length_hint(position) :]
+        pending = sum(len(piece) for piece in rest if isinstance(piece, str))
+        return self.answer.received.text[: total - pending]
+
+    def stats(self) -> StreamStats:
+        """The counts so far."""
+        return self.ledger.stats(self.answer)
+
+    def result(self) -> ChatResult:
+        """What was received so far."""
+        answer, text = self.answer, self.text
+        reason, raw = answer.finishes.get(0, (None, None))
+        return ChatResult(
+            text=text,
+            reasoning=answer.side_text("reasoning"),
+            refusal=answer.side_text("refusal"),
+            tool_calls=answer.tool_calls(),
+            choices={0: text, **answer.texts()},
+            message=self.prompt.dialect.message(answer, text),
+            finish_reason=reason,
+            raw_finish_reason=raw,
+            usage=answer.usage,
+            model=answer.model,
+            id=answer.id,
+            headers=self.headers,
+            history=tuple(self.ledger.history),
+            seams=tuple(self.ledger.seams),
+            stats=self.stats(),
+        )
+
+    # -- the loop
+
+    def _batches(self) -> Generator[list[Piece], None, None]:
+        prompt = self.prompt
+        self._request, _ = prompt.request("start", self.answer)
+        facts = {"model": prompt.body.get("model"), "dialect": prompt.dialect.name}
+        self._begin(facts, self._request)
+        while True:
+            try:
+                yield from self._exchange(self._request)
+                break
+            except StreamingError as error:
+                if self._is_closed_by_reader:
+                    return
+                self._recover(error)
+        self.ledger.record(self._request.action, "", "", self.answer.usage)
+        self._end("complete", "the answer is complete", self.result())
+
+    def _exchange(self, request: _Request) -> Iterator[list[Piece]]:
+        """One request, and the pieces that its response brings."""
+        self.recovery.spent += 1
+        self.answer.expected = _choice_count(self.prompt.body)
+        exchange = self._new_exchange(request)
+        intake = self._new_intake()
+        try:
+            exchange.open()
+            self._note_response(exchange)
+            exchange.check_status()
+            yield from self._receive(exchange, intake)
+        finally:
+            self.ledger.events += intake.events
+            self._close_exchange(exchange)
+
+    def _receive(self, exchange: Any, intake: _Intake) -> Iterator[list[Piece]]:
+        answer = self.answer
+        while not answer.ended:
+            try:
+                chunk = self._read(exchange)
+            except (StreamConnectionError, StreamTimeoutError):
+                if not (answer.finished and self.prompt.dialect.finish_is_final):
+                    raise
+                break
+            moved = answer.progress
+            pieces = intake.feed(chunk) if chunk else intake.end()
+            if answer.progress != moved:
+                self._note_progress()
+            if pieces:
+                self._deadlines.pause(_now())
+                yield pieces
+            if answer.error is not None:
+                raise answer.error
+            if not chunk:
+                break
+        if answer.ended:
+            exchange.drain()
+        elif not answer.finished:
+            raise IncompleteStreamError(
+                "the stream ended without its end marker or a finish reason: the "
+                "answer is cut",
+                retryable=True,
+            )
+        answer.settle()
+        rest = answer.take()
+        if rest:
+            yield rest
+
+    def _new_intake(self) -> _Intake:
+        tell = self.reporter.tell
+
+        def on_event(event: ServerSentEvent) -> None:
+            why = f"{event.event} of {len(event.data)} characters"
+            tell("event", why, event)
+
+        hook = on_event if self.reporter.observers else None
+        return _Intake(self.prompt.dialect, self.answer, self.limits, hook)
+
+    def _note_progress(self) -> None:
+        answer, deadlines = self.answer, self._deadlines
+        deadlines.move(_now())
+        if answer.started:
+            deadlines.has_begun = True
+            self.ledger.note_first_token()
+        if answer.finished and self.prompt.dialect.finish_is_final:
+            deadlines.has_finished = True
+        if answer.seam is not None and answer.seam.is_over:
+            answer.seam = None
+
+    def _show(self, batch: list[Piece], position: Iterator[Piece]) -> None:
+        received = self.answer.received
+        self._view = (received.kept + received.dropped, position, batch)
+
+    def _tell_item(self, item: Piece) -> None:
+        delta = item if isinstance(item, Delta) else Delta("text", item)
+        self.reporter.tell("token", delta.kind, delta)
+
+    # -- after a failure
+
+    def _recover(self, error: StreamingError) -> None:
+        """Prepare the next request, and wait for its time; or raise."""
+        error.phase = error.phase or self._phase()
+        self._record(error)
+        self.ledger.note_usage(self.answer.usage)
+        action = cast(_Request, self._request).action
+        action, final = self.recovery.decide(error, action, self.answer)
+        if action == "raise":
+            self._fail(final)
+        wait = self.recovery.wait_for(error, self._deadlines.left(_now()))
+        if wait == _NEVER:
+            self._fail(error)
+        self._prepare(action, final)
+        self._wait(error, action, wait)
+
+    def _phase(self) -> str:
+        if self.answer.finished:
+            return "end"
+        return "stream" if self.answer.started else "first token"
+
+    def _prepare(self, action: str, drop: StreamingError) -> None:
+        """Make the next request, and the answer that it writes into."""
+        old = self.answer
+        try:
+            self._request, seam = self.prompt.request(action, old)
+        except IncompleteStreamError as error:
+            drop.args = (f"{drop}; {error}",)
+            self._fail(drop)
+        if action in _RESUMES:
+            self.ledger.note_seam(old.received.kept)
+        if action == "reattach":
+            old.new_request()
+            old.resumed_at = old.cursor
+        elif action in ("continue", "ask"):
+            old.forget_calls()
+            old.new_request(seam)
+        else:
+            self._start_over(action)
+
+    def _start_over(self, action: str) -> None:
+        """A new answer; in a replay, the text that is known stays."""
+        old = self.answer
+        self.ledger.forget(old)
+        if action == "replay":
+            sides = old.sides() if self.recovery.sees_deltas else {}
+            self.answer = Answer(self.limits, old.received)
+            self.answer.seam = ReplaySeam(old.received.text, sides)
+        else:
+            self.answer = Answer(self.limits)
+            self._view = (0, iter(()), [])
+            self.ledger.seams.clear()
+
+    def _complete_error(self, error: StreamingError) -> None:
+        error.phase = error.phase or self._phase()
+        error.args = (f"{error} {self._progress_note()}" + self._advice(error),)
+        error.text = self.text
+        error.result = self.result()
+
+    def _progress_note(self) -> str:
+        seconds = _now() - self.ledger.started
+        return (
+            f"(after {len(self.text)} characters of text and {seconds:.1f} s, request "
+            f"{self.ledger.requests} of {self.recovery.retry.attempts})"
+        )
+
+    def _advice(self, error: StreamingError) -> str:
+        """What the caller can do about it."""
+        asked = getattr(error, "retry_after", None)
+        if asked is not None and error.retryable:
+            return f"; the server asks to wait {asked:.0f} s"
+        if getattr(error, "status", None) in (401, 403) and self.prompt.key is None:
+            return (
+                "; no key was sent: a key from the environment goes only to the "
+                "provider's own address, pass api_key=..."
+            )
+        if error.retryable and self.text and self.prompt.resume == "auto":
+            return (
+                "; this answer cannot be resumed without a doubtful seam: see resume="
+                "'continue', 'ask' or 'replay', or use complete_chat"
+            )
+        return ""
+
+
+def _texts(chat: _Chat) -> Iterator[str]:
+    # As _handed_out, for the one kind of piece that has to be fast.
+    try:
+        while chat.pull():
+            for piece in chat.items:
+                if piece.__class__ is str:
+                    yield piece
+                    if chat.closed and chat.check_closed():
+                        return
+    finally:
+        chat.leave()
+
+
+def _as_delta(piece: Piece) -> Delta:
+    return piece if isinstance(piece, Delta) else Delta("text", piece)
+
+
+class ChatStream:
+    """The answer of a model, as it comes: an iterator of ``str``.
+
+    Made by :func:`stream_chat`.  Nothing is sent before the first ``next()``.  A loop
+    over an unnamed stream closes the connection however it is left; a named stream is
+    closed by ``with``, by :meth:`close`, or with its last reference.
+    """
+
+    def __init__(self, chat: _Chat) -> None:
+        self._chat = chat
+        self._texts = _texts(chat)
+        self._deltas: Iterator[Delta] | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        self._chat.raise_again()
+        return self._texts
+
+    def __next__(self) -> str:
+        self._chat.raise_again()
+        return next(self._texts)
+
+    def __enter__(self) -> ChatStream:  # noqa: PYI034  (Self needs Python 3.11)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        prompt = self._chat.prompt
+        model = prompt.body.get("model")
+        return f"<ChatStream of {model}, dialect {prompt.dialect.name}>"
+
+    def deltas(self) -> Iterator[Delta]:
+        """Iterate :class:`Delta` instead of ``str``: reasoning, refusals and tool
+        calls too, of every choice."""
+        self._chat.raise_again()
+        if self._deltas is None:
+            self._chat.recovery.sees_deltas = True
+            self._deltas = map(_as_delta, _handed_out(self._chat))
+        return self._deltas
+
+    def complete(self) -> ChatResult:
+        """Drain the stream and return its result.
+
+        As nobody has seen a part of it yet, the answer may start over after a drop
+        (observers are told by ``on_restart``).  If some of it was handed out before,
+        the rest is as strict as the loop.
+
+        :raises StreamLimitError: the text is longer than ``Limits.text`` keeps.
+        :raises StreamingError: as the loop does.
+        """
+        chat = self._chat
+        chat.recovery.seen_by_nobody = not chat.text
+        for _ in self:
+            pass
+        if chat.answer.received.dropped:
+            raise StreamLimitError(
+                f"the answer is longer than Limits(text={chat.limits.text}) keeps",
+                limit="text",
+                text=chat.text,
+                result=chat.result(),
+                history=tuple(chat.ledger.history),
+                phase="end",
+            )
+        return chat.result()
+
+    def observe(self, observer: Observer) -> None:
+        """Add an observer; before the first ``next()``, or it misses the start."""
+        chat = self._chat
+        chat.reporter.observers += (observer,)
+
+    def close(self) -> None:
+        """Close the stream: from any thread, any number of times.
+
+        A reader that is blocked in another thread wakes at once and raises
+        :exc:`StreamAbortedError`; a loop closed by its own thread just ends.
+        """
+        self._chat.close()
+
+    @property
+    def text(self) -> str:
+        """Exactly what ``next()`` has handed out."""
+        return self._chat.text
+
+    @property
+    def stats(self) -> StreamStats:
+        """Counts, live and after the end."""
+        return self._chat.stats()
+
+    @property
+    def result(self) -> ChatResult:
+        """What was received, live and after any end."""
+        return self._chat.result()
+
+    @classmethod
+    def replay(
+        cls,
+        raw: bytes | Iterable[bytes] | os.PathLike[str],
+        dialect: str | Dialect = "openai",
+        *,
+        limits: Limits = Limits(),
+        observe: Observer | Iterable[Observer] = (),
+    ) -> ChatStream:
+        """Stream saved bytes of a response body, without a network.
+
+        :param raw: the body, whole or in pieces, or the path of a file that holds it.
+        :param dialect: the dialect that it is in.
+        :raises StreamingError: (from the loop) the bytes are not a complete answer.
+        """
+        if isinstance(raw, os.PathLike):
+            with open(raw, "rb") as file:
+                raw = file.read()
+        pieces = (
+            [bytes(raw)] if isinstance(raw, (bytes, bytearray, memoryview)) else raw
+        )
+        known = _known_dialect(dialect)
+        prompt = _Prompt(known, "replay:", {}, {}, None, "never")
+        recovery = _Recovery(prompt, Retry(attempts=1))
+        never = Timeouts(None, None, None, None, None)
+        recording = _Recording(pieces)
+        observers = _known_observers(observe)
+
+        def opener(request: _Request, deadlines: _Deadlines, guard: _Guard) -> Any:
+            return recording
+
+        return cls(_Chat(prompt, recovery, opener, never, limits, observers))
+
+    if TYPE_CHECKING:  # the optional part adds these
+
+        def show(self) -> ChatResult:
+            """Stream as live Markdown in a notebook; see section 15."""
+
+
+class _Recording:
+    """Saved bytes in place of an exchange."""
+
+    status = 200
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces = iter(pieces)
+        self.headers: Mapping[str, str] = {}
+        self.bytes = 0
+
+    def open(self) -> None:
+        """There is nothing to open."""
+
+    check_status = drain = close = open
+
+    def read(self, now: float) -> bytes:
+        """The next piece that is not empty."""
+        piece = next((piece for piece in self._pieces if piece), b"")
+        self.bytes += len(piece)
+        return piece
+
+
+# -- checking what the caller passed
+
+_OTHER_NAMES = {
+    "timeout": "timeouts=Timeouts(...)",
+    "max_retries": "retry=Retry(attempts=...)",
+    "retries": "retry=Retry(attempts=...)",
+    "stream": "nothing: stream_chat always streams; complete_chat returns the whole",
+    "proxies": "the environment (HTTPS_PROXY), or session=",
+    "verify": "the environment (REQUESTS_CA_BUNDLE), or session=",
+    "cert": "session=",
+    "auth": "api_key=, headers= or session=",
+    "on_token": "observe=Observer(on_token=...)",
+    "on_error": "observe=Observer(on_error=...)",
+    "on_complete": "observe=Observer(on_complete=...)",
+    "on_retry": "observe=Observer(on_retry=...)",
+    "callback": "observe=Observer(on_token=...)",
+    "callbacks": "observe=...",
+    "api_base": "base_url=",
+    "url": "base_url=",
+    "key": "api_key=",
+    "extra_headers": "headers=",
+    "default_headers": "headers=",
+    "extra_query": "a query in base_url=",
+    "http_client": "session=",
+    "client": "session=",
+    "observer": "observe=",
+    "observers": "observe=",
+    "monitor": "observe=StreamMonitor()",
+    "limit": "limits=Limits(...)",
+    "provider": "dialect=",
+    "prompt": "the first argument, messages",
+    "journal": "nothing yet: it is planned for a later version",
+}
+
+
+def _refuse_other_names(params: dict[str, Any]) -> None:
+    for name in params:
+        if name in _OTHER_NAMES:
+            raise TypeError(
+                f"stream_chat() has no {name}=; use {_OTHER_NAMES[name]} (or extra_body={{{name!r}: ...}} to send it "
+                "to the server as it is)"
+            )
+
+
+def _known_dialect(dialect: str | Dialect) -> Dialect:
+    if isinstance(dialect, Dialect):
+        return dialect
+    if isinstance(dialect, str) and dialect in DIALECTS:
+        return DIALECTS[dialect]
+    raise ValueError(
+        "dialect={!r} is unknown: use an instance of Dialect, or one of {}".format(
+            dialect, ", ".join(DIALECTS)
+        )
+    )
+
+
+def _known_observers(
+    observe: Observer | Iterable[Observer] | None,
+) -> tuple[Observer, ...]:
+    observers = (observe,) if isinstance(observe, Observer) else tuple(observe or ())
+    for observer in observers:
+        if not isinstance(observer, Observer):
+            raise TypeError(
+                f"observe={observer!r}: needs an Observer or several; a function goes into "
+                "Observer(on_token=function)"
+            )
+    return observers
+
+
+def _check_type(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}={value!r}: needs {kind.__name__}(...)")
+
+
+def _check_messages(messages: Any) -> None:
+    if isinstance(messages, str):
+        return
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise TypeError(
+            "messages: needs a string, or a list of the dialect's messages, not %s"
+            % (type(messages).__name__ if messages else "an empty one")
+        )
+    for message in messages:
+        if not isinstance(message, (dict, list)):
+            raise TypeError(
+                "messages: each one is a dict such as {'role': 'user', 'content': "
+                f"'...'}}, not {type(message).__name__}"
+            )
+
+
+def _snapshot(body: dict[str, Any]) -> dict[str, Any]:
+    """A copy that the caller cannot change any more; only JSON gets through."""
+    try:
+        return cast(
+            "dict[str, Any]", jsonlib.loads(jsonlib.dumps(body, allow_nan=False))
+        )
+    except (TypeError, ValueError, RecursionError) as error:
+        raise type(error)(
+            f"messages, parameters and extra_body must be JSON: {error}"
+        ) from None
+
+
+def _checked_key(key: Any) -> str:
+    if not isinstance(key, str) or not key.strip():
+        raise ValueError("api_key: needs a non-empty string, or a function giving one")
+    key = key.strip()  # keys read from files end in a line feed
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError("api_key: has characters that cannot stand in a header")
+    return str(key)
+
+
+def _checked_headers(headers: Mapping[str, Any] | None) -> dict[str, Any]:
+    checked = dict(headers or {})
+    for name, value in checked.items():
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"headers: {name!r} needs a string")
+        if "\n" in (value or "") or "\r" in (value or ""):
+            raise ValueError(f"headers: {name!r} has a line break in it")
+        if not (value or "").encode("utf-8").isascii():
+            raise ValueError(f"headers: {name!r} has characters outside of ASCII")
+    return checked
+
+
+def _origin(url: str) -> tuple[str, str, int]:
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return parts.scheme, parts.hostname or "", port
+
+
+def _checked_url(name: str, url: Any) -> str:
+    if not isinstance(url, str):
+        raise TypeError(f"{name}: needs a string, not {type(url).__name__}")
+    try:
+        scheme, host, _ = _origin(url.strip())
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if scheme not in ("http", "https") or not host:
+        raise ValueError(
+            "{}: needs a whole URL such as https://host/v1, not one without {}".format(
+                name, "a host" if scheme in ("http", "https") else "http(s)://"
+            )
+        )
+    return url.strip()
+
+
+def _environment(names: Iterable[str]) -> str | None:
+    values = (os.environ.get(name, "").strip() for name in names)
+    return next((value for value in values if value), None)
+
+
+def _address(
+    dialect: Dialect, base_url: str | None, api_key: Any, has_auth: bool
+) -> tuple[str, Any]:
+    """The base URL and the key, from the arguments or the environment.
+
+    A key from the environment goes to the provider's own origin, or to a base URL
+    that is from the environment too, and nowhere else.
+    """
+    found = None if base_url is not None else _environment(dialect.base_url_names)
+    if found is not None:
+        found = dialect.named_url(found)
+    url = base_url if base_url is not None else found or dialect.base_url
+    if url is None:
+        names = " or ".join(["base_url=", *dialect.base_url_names])
+        raise ValueError(f"dialect {dialect.name!r} needs {names}")
+    url = _checked_url("base_url", url)
+    own = dialect.base_url is not None and _origin(url) == _origin(dialect.base_url)
+    trusted = own or found is not None
+    if api_key is not None and not callable(api_key):
+        api_key = _checked_key(api_key)
+    if api_key is None and trusted and not has_auth:
+        api_key = _environment(dialect.key_names)
+    needed = dialect.needs_key or (trusted and url.startswith("https:"))
+    if api_key is None and needed and dialect.key_names and not has_auth:
+        raise ValueError(
+            "no key: pass api_key=..., or set {}{}".format(
+                " or ".join(dialect.key_names),
+                "" if trusted else " together with " + dialect.base_url_names[0],
+            )
+        )
+    return url, api_key
+
+
+def _has_auth(dialect: Dialect, headers: Mapping[str, Any]) -> bool:
+    """Whether the caller's own headers bring the key."""
+    names = {name.lower() for name in [*dialect.auth("key"), "Authorization"]}
+    return any(name.lower() in names for name in headers)
+
+
+def stream_chat(
+    messages: Messages,
+    model: str | None,
+    *,
+    dialect: str | Dialect = "openai",
+    base_url: str | None = None,
+    api_key: str | Callable[[], str] | None = None,
+    headers: Mapping[str, str | None] | None = None,
+    timeouts: Timeouts = Timeouts(),
+    retry: Retry | None = Retry(),
+    limits: Limits = Limits(),
+    resume: ResumeMode = "auto",
+    observe: Observer | Iterable[Observer] = (),
+    session: requests.Session | None = None,
+    extra_body: Mapping[str, Any] | None = None,
+    **params: Any,
+) -> ChatStream:
+    """Stream a model's answer: the whole text, exactly once, or one typed error.
+
+    :param messages: a string (one user message, or the prompt where the API takes
+        one), or the list of messages in the dialect's form.
+    :param model: the model's name; None where the URL or the server decides it.
+    :param dialect: a name of :data:`DIALECTS`, or an instance of :class:`Dialect`.
+    :param base_url: what the provider's own SDK calls so; its path and query are
+        kept.  Default: the environment, then the provider's own.
+    :param api_key: a string, or a function for keys that expire.  Default: the
+        environment, but only towards the provider's own origin, or a base URL that
+        comes from the environment too.
+    :param headers: more headers, over ours; None as a value takes one away.
+    :param timeouts: see :class:`Timeouts`.
+    :param retry: see :class:`Retry`; None makes one request only.
+    :param limits: see :class:`Limits`.
+    :param resume: what may be done when the stream drops after text was handed out:
+
+        ``auto`` (default)
+            only what leaves no doubtful seam: ``reattach``, or ``continue`` where
+            the provider surely does it, or ``replay`` if the request has a ``seed``
+            or temperature 0; else the drop is raised.
+        ``reattach``
+            the same generation goes on (OpenAI Responses in background mode).
+        ``continue``
+            a new request with the text so far as a prefix.
+        ``ask``
+            a user turn that asks to go on; what overlaps is trimmed.
+        ``replay``
+            the same request again, compared with what was handed out.
+        ``never``
+            the drop is raised.
+        a function
+            ``(original body, text) -> body``; the reply is treated as in ``continue``.
+    :param observe: an :class:`Observer`, or several.
+    :param session: a :class:`requests.Session` to send with; nothing is mounted on
+        it.  Default: one of our own, shared by all calls.
+    :param extra_body: goes into the request body last, over everything else.
+    :param params: go into the request body as they are (``temperature=0``).
+    :returns: a :class:`ChatStream`; nothing is sent before the first ``next()``.
+    :raises TypeError: an argument has the wrong type, or another client's name.
+    :raises ValueError: an argument has no usable value, or the key is missing.
+
+    The loop raises a :exc:`StreamingError` if the answer cannot be completed.
+    """
+    _refuse_other_names(params)
+    _check_messages(messages)
+    _check_type("timeouts", timeouts, Timeouts)
+    _check_type("limits", limits, Limits)
+    _check_type("retry", retry if retry is not None else Retry(), Retry)
+    if not (callable(resume) or resume in _MODES):
+        raise ValueError(f"resume={resume!r}: use {_MODES}, or a function")
+    known = _known_dialect(dialect)
+    more = _checked_headers(headers)
+    url, key = _address(known, base_url, api_key, _has_auth(known, more))
+    body = _snapshot({**known.body(messages, model, params), **(extra_body or {})})
+    if resume == "reattach":
+        body.setdefault("background", True)
+    prompt = _Prompt(known, known.url(url, model), body, more, key, resume)
+    recovery = _Recovery(prompt, retry or Retry(attempts=1))
+    observers = _known_observers(observe)
+    opener = _opener(session)
+    return ChatStream(_Chat(prompt, recovery, opener, timeouts, limits, observers))
+
+
+def complete_chat(
+    messages: Messages, model: str | None, **arguments: Any
+) -> ChatResult:
+    """Return a model's whole answer, read as a stream.
+
+    Takes the arguments of :func:`stream_chat`.  Since nobody saw a first part, a
+    dropped answer may start over where nothing better is exact.
+
+    :raises StreamLimitError: the text is longer than ``Limits.text`` keeps.
+    :raises StreamingError: the answer could not be completed.
+    """
+    return stream_chat(messages, model, **arguments).complete()
+
+
+# ---------------------------------------------------------------------------
+# 12. Event streams: stream_events, for any SSE endpoint
+# ---------------------------------------------------------------------------
+# The same reads, limits and errors as above, for events as such.  Reconnecting is
+# that of the WHATWG's EventSource, but for what a script needs: it is bounded, it
+# POSTs, and it raises where a browser would be silent.
+
+
+class _Feed(_Loop[ServerSentEvent]):
+    """The loop of one event stream over all its connections."""
+
+    def __init__(
+        self,
+        request: _Request,
+        retry: Retry | None,
+        opener: Opener,
+        timeouts: Timeouts,
+        limits: Limits,
+        last_event_id: str,
+        observers: tuple[Observer, ...],
+    ) -> None:
+        super().__init__(opener, timeouts, limits, observers)
+        self._request: _Request = request
+        self._retry = retry
+        self.last_event_id = last_event_id
+        self.reconnection_time: float | None = None
+        self._failures = 0
+        self._is_done = False
+
+    def stats(self) -> StreamStats:
+        """The counts so far."""
+        return self.ledger.stats(Answer())
+
+    def _batches(self) -> Generator[list[ServerSentEvent], None, None]:
+        self._begin({"model": None, "dialect": "events"}, self._request)
+        while not self._is_done:
+            try:
+                yield from self._connection()
+            except StreamingError as error:
+                if self._is_closed_by_reader:
+                    return
+                self._recover(error)
+        self.ledger.record(self._request.action, "", "")
+        self._end("complete", "the stream has ended", self.stats())
+
+    def _connection(self) -> Iterator[list[ServerSentEvent]]:
+        """One connection, and the events that it brings."""
+        exchange = self._new_exchange(self._with_last_event_id())
+        try:
+            exchange.open()
+            self._note_response(exchange)
+            if exchange.status == 204:
+                self._is_done = True
+                return
+            exchange.check_status()
+            self._check_content_type(exchange.headers)
+            yield from self._receive(exchange)
+        finally:
+            self._close_exchange(exchange)
+
+    def _with_last_event_id(self) -> _Request:
+        """Its bytes are UTF-8, as the standard says."""
+        value = self.last_event_id.strip(" ").encode("utf-8").decode("latin-1")
+        if not value:
+            return self._request
+        headers = {**self._request.headers, "Last-Event-ID": value}
+        return self._request._replace(headers=headers)
+
+    def _check_content_type(self, headers: Mapping[str, str]) -> None:
+        kind = headers.get("Content-Type", "text/event-stream").partition(";")[0]
+        if kind.strip().lower() != "text/event-stream":
+            raise MalformedStreamError(
+                f"the server sent {kind[:80]!r}, not text/event-stream"
+            )
+
+    def _receive(self, exchange: Any) -> Iterator[list[ServerSentEvent]]:
+        decoder = SSEDecoder(last_event_id=self.last_event_id, limits=self.limits)
+        decoder.reconnection_time = self.reconnection_time
+        while True:
+            chunk = self._read(exchange)
+            if not chunk:
+                decoder.close()
+                self._end_connection()
+                return
+            events = decoder.feed(chunk)
+            self.reconnection_time = decoder.reconnection_time
+            self.last_event_id = decoder.last_event_id
+            if events:
+                self._note_events(events)
+                yield events
+
+    def _end_connection(self) -> None:
+        """A clean end: the end of a POST, and a cause to reconnect for a GET."""
+        self._is_done = self._request.method != "GET" or self._retry is None
+        if not self._is_done:
+            message = "the server ended the stream"
+            raise IncompleteStreamError(message, retryable=True)
+
+    def _note_events(self, events: list[ServerSentEvent]) -> None:
+        self._failures = 0
+        self.ledger.events += len(events)
+        self._deadlines.move(_now())
+        self._deadlines.has_begun = True
+        self.ledger.note_first_token()
+        self._deadlines.pause(_now())
+
+    def _tell_item(self, item: ServerSentEvent) -> None:
+        why = f"{item.event} of {len(item.data)} characters"
+        self.reporter.tell("event", why, item)
+
+    def _recover(self, error: StreamingError) -> None:
+        error.phase = error.phase or "stream"
+        self._record(error)
+        retry = self._retry
+        self._failures += 1
+        if retry is None or not error.retryable or self._failures >= retry.attempts:
+            self._fail(error)
+        wait = self._wait_for(error, retry)
+        if not wait < min(self._deadlines.left(_now()), _NEVER):
+            self._fail(error)
+        self._request = self._request._replace(action="retry")
+        self._wait(error, "retry", wait)
+
+    def _wait_for(self, error: StreamingError, retry: Retry) -> float:
+        asked = getattr(error, "retry_after", None)
+        if asked is None:
+            asked = self.reconnection_time
+        if asked is None or (self._failures > 1 and asked <= retry.retry_after_max):
+            drawn = draw_wait(retry, self._failures, random.random())
+            return max(drawn, asked or 0.0)
+        return asked if asked <= retry.retry_after_max else _NEVER
+
+
+class EventStream:
+    """The events of an SSE endpoint: an iterator of :class:`ServerSentEvent`.
+
+    Made by :func:`stream_events`; closes as :class:`ChatStream` does.
+    """
+
+    def __init__(self, feed: _Feed) -> None:
+        self._feed = feed
+        self._events = _handed_out(feed)
+
+    def __iter__(self) -> Iterator[ServerSentEvent]:
+        self._feed.raise_again()
+        return self._events
+
+    def __next__(self) -> ServerSentEvent:
+        self._feed.raise_again()
+        return next(self._events)
+
+    def __enter__(self) -> EventStream:  # noqa: PYI034  (Self needs Python 3.11)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the stream: from any thread, any number of times."""
+        self._feed.close()
+
+    @property
+    def last_event_id(self) -> str:
+        """The last event ID; give it to a later :func:`stream_events` to go on."""
+        return self._feed.last_event_id
+
+    @property
+    def reconnection_time(self) -> float | None:
+        """The server's reconnection time in seconds; None if it sent none."""
+        return self._feed.reconnection_time
+
+    @property
+    def stats(self) -> StreamStats:
+        """Counts, live and after the end."""
+        return self._feed.stats()
+
+
+def stream_events(
+    url: str,
+    *,
+    method: str = "GET",
+    json: Any = None,
+    headers: Mapping[str, str | None] | None = None,
+    timeouts: Timeouts = Timeouts(first_token=None, idle=None),
+    retry: Retry | None = Retry(),
+    limits: Limits = Limits(),
+    last_event_id: str = "",
+    observe: Observer | Iterable[Observer] = (),
+    session: requests.Session | None = None,
+) -> EventStream:
+    """Read any SSE endpoint, and reconnect when the connection is lost.
+
+    It goes on where it was by ``Last-Event-ID``, after the server's reconnection
+    time.  It stops on status 204, and on a clean end of a POST.  It never reconnects
+    after :meth:`EventStream.close`, a status that no wait mends, or a wrong content
+    type.
+
+    :param url: the endpoint.
+    :param method: ``GET`` or ``POST``.
+    :param json: the body of a POST, as an object.
+    :param headers: more headers, such as ``Authorization``.
+    :param timeouts: a quiet feed is healthy, so there is no ``first_token`` and no
+        ``idle`` by default; ``read`` wants a ping within 120 s.
+    :param retry: ``attempts`` bounds the requests in a row that bring no event; None
+        never reconnects.
+    :param limits: ``line`` and ``event`` bound what is held.
+    :param last_event_id: where to go on.
+    :param observe: an :class:`Observer`, or several.
+    :param session: a :class:`requests.Session` to send with.
+    :returns: an :class:`EventStream`; nothing is sent before the first ``next()``.
+    :raises StreamingError: (from the loop) the stream is lost for good.
+    """
+    _check_type("timeouts", timeouts, Timeouts)
+    _check_type("limits", limits, Limits)
+    _check_type("retry", retry if retry is not None else Retry(), Retry)
+    if method not in ("GET", "POST"):
+        raise ValueError(f"method={method!r}: needs 'GET' or 'POST'")
+    if json is not None and method == "GET":
+        raise ValueError("json=...: a GET has no body; use method='POST'")
+    data = None if json is None else jsonlib.dumps(_snapshot(json)).encode("ascii")
+    sent = CaseInsensitiveDict(_standard_headers())
+    sent["Accept"] = "text/event-stream"
+    if data is not None:
+        sent["Content-Type"] = "application/json"
+    _merge_headers(sent, _checked_headers(headers))
+    secrets = tuple(v for n, v in sent.items() if _SECRET_NAME.search(n))
+    address = _checked_url("url", url)
+    request = _Request(method, address, dict(sent), data, "start", secrets)
+    feed = _Feed(
+        request,
+        retry,
+        _opener(session),
+        timeouts,
+        limits,
+        last_event_id,
+        _known_observers(observe),
+    )
+    return EventStream(feed)
+
+
+# ===========================================================================
+# ================== optional: may be cut off here ==========================
+# ===========================================================================
+# Below: built on observers and public names alone.  Who copies the file may cut it
+# here, and loses nothing else.  A test does.
+
+if TYPE_CHECKING:
+    import argparse
+    from typing import IO
+
+
+# ---------------------------------------------------------------------------
+# 13. Health monitor: records of many streams -> one report
+# ---------------------------------------------------------------------------
+# Promises exact counts, quantiles within 5 %, and a memory that grows with the
+# streams that are active now and with nothing else. A delta costs a few integer
+# operations on an object of its own stream; the lock is taken when a stream
+# starts, retries or ends, and once per 64 deltas or second.
+# Refuses to keep what was said: no prompt, key, body or text comes in here.
+
+_MONITOR_ROWS = 50  # of active streams and of ended ones, in the table
+_MONITOR_KINDS = 50  # distinct errors counted apart; the rest count as "other"
+_COMMON_ERRORS = 10
+_FLUSH_DELTAS = 64
+_FLUSH_SECONDS = 1.0
+_PERCENTILES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
+
+
+class _LogHistogram:
+    """Counts of positive numbers in buckets a 24th of a decade wide.
+
+    At most 360 buckets whatever is added. A quantile is the geometric middle of its
+    bucket, so it is at most 5 % off (``10 ** (1 / 48)``); count, sum, least and
+    greatest are exact. What is below a millionth counts as zero.
+    """
+
+    PER_DECADE = 24
+    LOWEST = -6 * PER_DECADE
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = 0.0
+        self.least = 0.0
+        self.greatest = 0.0
+        self.buckets: dict[int, int] = {}
+
+    def add(self, *values: float) -> None:
+        for value in values:
+            place = self.LOWEST
+            if value > 1e-6:
+                place = math.ceil(math.log10(min(value, 1e9)) * self.PER_DECADE)
+            self.buckets[place] = self.buckets.get(place, 0) + 1
+        if values:
+            self.least = min(values if not self.count else (self.least, *values))
+            self.greatest = max(self.greatest, *values)
+            self.count += len(values)
+            self.total += sum(values)
+
+    def copy(self) -> _LogHistogram:
+        twin = _LogHistogram()
+        twin.__dict__.update(self.__dict__, buckets=self.buckets.copy())
+        return twin
+
+    def mean(self) -> float | None:
+        return _rounded(self.total / self.count) if self.count else None
+
+    def up_to(self, place: int) -> int:
+        """How many values were at most ``10 ** (place / 24)``."""
+        return sum(n for bucket, n in self.buckets.items() if bucket <= place)
+
+    def quantile(self, share: float) -> float | None:
+        if not self.count:
+            return None
+        seen = 0
+        for place in sorted(self.buckets):
+            seen += self.buckets[place]
+            if seen >= share * self.count:
+                break
+        middle = 10 ** ((place - 0.5) / self.PER_DECADE)
+        if place == self.LOWEST:
+            middle = 0.0
+        return _rounded(min(max(middle, self.least), self.greatest))
+
+    def percentiles(self) -> dict[str, float | None]:
+        return {name: self.quantile(share) for name, share in _PERCENTILES}
+
+
+def _rounded(value: float) -> float:
+    return round(value, 6)
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return _rounded(part / whole) if whole else None
+
+
+class _Tally:
+    """What one stream has done so far: written by its own thread, read by all."""
+
+    def __init__(self, record: StreamRecord, now: float) -> None:
+        self.stream = record.stream
+        self.model = _clipped(record.data.get("model") or "", 80)
+        self.dialect = _clipped(record.data.get("dialect") or "", 40)
+        self.began = now - record.seconds
+        self.state = "active"
+        self.seconds = 0.0
+        self.tokens = 0
+        self.bytes = 0
+        self.retries = 0
+        self.error: str | None = None
+        self.first: float | None = None
+        self.last: float | None = None
+        self.flushed_at = 0.0
+        self.flushed = (0, 0)  # tokens and bytes that the monitor has taken over
+        self.gaps: list[float] = []
+
+    def row(self, now: float) -> dict[str, Any]:
+        running = self.state == "active"
+        seconds = max(now - self.began, 0.0) if running else self.seconds
+        return {
+            "stream": self.stream,
+            "model": self.model,
+            "dialect": self.dialect,
+            "state": self.state,
+            "seconds": _rounded(seconds),
+            "first_token_seconds": None if self.first is None else _rounded(self.first),
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "retries": self.retries,
+            "error": self.error,
+        }
+
+
+class _Series:
+    """The last five minutes in slots of five seconds, for a dashboard's charts."""
+
+    STEP = 5.0
+    SLOTS = 60
+    COUNTS = ("started", "completed", "failed", "closed", "retries", "tokens", "bytes")
+    MEANS = ("first_token_seconds", "seconds", "gap_seconds")
+
+    def __init__(self, now: float) -> None:
+        from collections import deque
+
+        self._began = now
+        self._slots: deque[dict[str, float]] = deque(maxlen=self.SLOTS)
+
+    def add(self, now: float, **amounts: float) -> None:
+        number = now // self.STEP
+        if not self._slots or self._slots[-1]["slot"] < number:
+            self._slots.append({"slot": number})
+        slot = self._slots[-1]
+        for name, amount in amounts.items():
+            slot[name] = slot.get(name, 0) + amount
+
+    def mean(self, now: float, name: str, total: float, count: int = 1) -> None:
+        self.add(now, **{name: total, name + "#": count})
+
+    def active(self, now: float, count: int) -> None:
+        self.add(now)
+        self._slots[-1]["active"] = count
+
+    def rate(self, now: float, name: str) -> float:
+        """A second's worth, over the ten to fifteen seconds before ``now``."""
+        first = max(now // self.STEP - 2, 0.0)
+        amount = sum(slot.get(name, 0) for slot in self._slots if slot["slot"] >= first)
+        seconds = now - max(first * self.STEP, self._began)
+        return _rounded(amount / max(seconds, 1.0))
+
+    def table(self, now: float) -> list[dict[str, Any]]:
+        slots = {int(slot["slot"]): slot for slot in self._slots}
+        last = int(now // self.STEP)
+        rows, active = [], 0
+        for number in range(last - self.SLOTS + 1, last + 1):
+            slot = slots.get(number, {})
+            active = int(slot.get("active", active))
+            row: dict[str, Any] = {"ago": _rounded(now - number * self.STEP)}
+            row["active"] = active
+            row.update((name, int(slot.get(name, 0))) for name in self.COUNTS)
+            for name in self.MEANS:
+                row[name] = _ratio(slot.get(name, 0), slot.get(name + "#", 0))
+            rows.append(row)
+        return rows
+
+
+class StreamMonitor(Observer):
+    """Health of many streams: give one monitor to all of them as ``observe=``.
+
+    Counts are exact. A quantile is within 5 % of a true one and covers the monitor's
+    life; ``series`` in the report covers the last five minutes. May be shared by any
+    number of threads (a forked child should make its own). Streams whose start it
+    did not see are not counted.
+
+    :param on_change: called with :meth:`report`'s dict when a stream starts, retries
+        or ends, on that stream's thread and outside the lock; None, the default,
+        calls nobody. An exception in it reaches the caller of the stream.
+    """
+
+    _clock = staticmethod(time.monotonic)
+
+    def __init__(
+        self, on_change: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
+        super().__init__()
+        self._on_change = on_change
+        # Reentrant: a garbage collection inside the lock may close a forgotten
+        # stream, whose end is then reported on this very thread.
+        self._lock = threading.RLock()
+        self._health = _Health(self._clock())
+
+    def on_start(self, record: StreamRecord) -> None:
+        now = self._clock()
+        with self._lock:
+            self._health.start(_Tally(record, now), now)
+        self._changed()
+
+    def on_chunk(self, record: StreamRecord) -> None:
+        tally = self._health.live.get(record.stream)
+        if tally is not None:
+            tally.bytes += len(record.data)
+
+    def on_token(self, record: StreamRecord) -> None:
+        tally = self._health.live.get(record.stream)
+        if tally is None:
+            return
+        tally.tokens += 1
+        seconds = record.seconds
+        if tally.last is not None:
+            tally.gaps.append(seconds - tally.last)
+        tally.last = seconds
+        full = len(tally.gaps) >= _FLUSH_DELTAS
+        if full or seconds - tally.flushed_at >= _FLUSH_SECONDS or tally.first is None:
+            now = self._clock()
+            with self._lock:
+                self._health.flush(tally, seconds, now)
+
+    def on_retry(self, record: StreamRecord) -> None:
+        now = self._clock()
+        with self._lock:
+            known = self._health.retry(record, now)
+        if known:
+            self._changed()
+
+    def on_complete(self, record: StreamRecord) -> None:
+        self._end(record, "completed")
+
+    def on_error(self, record: StreamRecord) -> None:
+        closed = isinstance(record.data, StreamAbortedError)
+        self._end(record, "closed" if closed else "failed")
+
+    def _end(self, record: StreamRecord, state: str) -> None:
+        now = self._clock()
+        with self._lock:
+            known = self._health.end(record, state, now)
+        if known:
+            self._changed()
+
+    def _changed(self) -> None:
+        if self._on_change is not None:
+            self._on_change(self.report())
+
+    def _snapshot(self) -> _Snapshot:
+        now = self._clock()
+        with self._lock:
+            snapshot = self._health.snapshot(now)
+        for tally in snapshot.tallies:
+            snapshot.gaps.add(*tally.gaps)
+        return snapshot
+
+    def report(self) -> dict[str, Any]:
+        """Everything as a plain dict that JSON can hold; times in seconds.
+
+        - ``active started completed failed closed retries tokens bytes``: counts.
+          ``tokens`` are deltas; ``closed`` were left early by their caller and count
+          neither as success nor as failure.
+        - ``success_rate``: completed of completed and failed; None before the first.
+        - ``average_retries`` per started stream, ``average_seconds`` and
+          ``average_bytes`` per ended one; None before the first.
+        - ``errors_by_type`` (ended a stream), ``retries_by_type`` (were retried):
+          counts by class name. ``common_errors``: list of ``{"error", "count"}`` of
+          both, the most frequent first, ten at most.
+        - ``seconds first_token_seconds gaps`` (between two deltas of one request):
+          dicts of ``p50 p90 p99``; None where nothing was seen.
+        - ``tokens_per_second bytes_per_second``: over the last ten to fifteen seconds.
+        - ``streams``: the newest streams first, up to 50 active and 50 ended ones.
+        - ``series``: 60 slots of ``series_step_seconds`` with counts and means, the
+          oldest first; ``ago`` says how long ago a slot began.
+        """
+        state = self._snapshot()
+        counts = state.counts
+        tallies = sorted(state.tallies, key=lambda tally: tally.stream, reverse=True)
+        common = sorted(state.kinds.items(), key=lambda item: -item[1])[:_COMMON_ERRORS]
+        return {
+            **counts,
+            "success_rate": _ratio(
+                counts["completed"], counts["completed"] + counts["failed"]
+            ),
+            "average_retries": _ratio(counts["retries"], counts["started"]),
+            "average_seconds": state.durations.mean(),
+            "average_bytes": _ratio(state.ended_bytes, state.durations.count),
+            "errors_by_type": state.errors,
+            "retries_by_type": state.retried,
+            "common_errors": [{"error": kind, "count": n} for kind, n in common],
+            "seconds": state.durations.percentiles(),
+            "first_token_seconds": state.firsts.percentiles(),
+            "gaps": state.gaps.percentiles(),
+            "tokens_per_second": state.token_rate,
+            "bytes_per_second": state.byte_rate,
+            "streams": [tally.row(state.now) for tally in tallies],
+            "series_step_seconds": _Series.STEP,
+            "series": state.series,
+        }
+
+    def prometheus(self) -> str:
+        """The counts as Prometheus text (version 0.0.4), to be served as it is.
+
+        :returns: counters, one gauge and three histograms, named
+            ``resilient_sse_...``; labels are ``outcome`` and ``type``.
+        """
+        return _exposition(self._snapshot())
+
+    def __str__(self) -> str:
+        return _monitor_text(self.report())
+
+    def _repr_html_(self) -> str:
+        return _monitor_html(self.report())
+
+
+class _Health:
+    """The figures of a monitor; whoever calls a method holds the monitor's lock."""
+
+    def __init__(self, now: float) -> None:
+        from collections import deque
+
+        self.live: dict[int, _Tally] = {}
+        self.ended: deque[_Tally] = deque(maxlen=_MONITOR_ROWS)
+        self.counts = dict.fromkeys(_Series.COUNTS, 0)  # those of live streams apart
+        self.errors: dict[str, int] = {}
+        self.retried: dict[str, int] = {}
+        self.kinds: dict[str, int] = {}
+        self.durations = _LogHistogram()
+        self.firsts = _LogHistogram()
+        self.gaps = _LogHistogram()
+        self.series = _Series(now)
+
+    def start(self, tally: _Tally, now: float) -> None:
+        self.live[tally.stream] = tally
+        self.counts["started"] += 1
+        self.series.add(now, started=1)
+        self.series.active(now, len(self.live))
+
+    def flush(self, tally: _Tally, seconds: float, now: float) -> None:
+        """Take over what a stream has gathered since the last time."""
+        if tally.first is None and tally.tokens:
+            tally.first = seconds
+            self.firsts.add(seconds)
+            self.series.mean(now, "first_token_seconds", seconds)
+        tokens, size = tally.flushed
+        self.series.add(now, tokens=tally.tokens - tokens, bytes=tally.bytes - size)
+        tally.flushed_at, tally.flushed = seconds, (tally.tokens, tally.bytes)
+        gaps, tally.gaps = tally.gaps, []
+        self.gaps.add(*gaps)
+        self.series.mean(now, "gap_seconds", sum(gaps), len(gaps))
+
+    def retry(self, record: StreamRecord, now: float) -> bool:
+        tally = self.live.get(record.stream)
+        if tally is None:
+            return False
+        tally.retries += 1
+        tally.last = None  # the wait is no gap between deltas
+        self.counts["retries"] += 1
+        self.series.add(now, retries=1)
+        self._blame(self.retried, record.data["error"])
+        return True
+
+    def end(self, record: StreamRecord, state: str, now: float) -> bool:
+        tally = self.live.pop(record.stream, None)
+        if tally is None:
+            return False
+        self.flush(tally, record.seconds, now)
+        tally.state, tally.seconds = state, record.seconds
+        if state == "failed":
+            tally.error = _clipped(f"{_error_kind(record.data)}: {record.why}", 200)
+            self._blame(self.errors, record.data)
+        for name, amount in (("tokens", tally.tokens), ("bytes", tally.bytes)):
+            self.counts[name] += amount
+        self.counts[state] += 1
+        self.ended.append(tally)
+        self.durations.add(record.seconds)
+        self.series.add(now, **{state: 1})
+        self.series.mean(now, "seconds", record.seconds)
+        self.series.active(now, len(self.live))
+        return True
+
+    def _blame(self, types: dict[str, int], error: StreamingError) -> None:
+        _count_capped(types, type(error).__name__)
+        _count_capped(self.kinds, _error_kind(error))
+
+    def snapshot(self, now: float) -> _Snapshot:
+        live = list(self.live.values())
+        counts = dict(self.counts, active=len(live))
+        counts["tokens"] += sum(tally.tokens for tally in live)
+        counts["bytes"] += sum(tally.bytes for tally in live)
+        return _Snapshot(
+            counts=counts,
+            ended_bytes=self.counts["bytes"],
+            # Those alone are asked for gaps not yet taken over: with thousands of
+            # streams a report must not cost what all of them gathered.
+            tallies=live[-_MONITOR_ROWS:] + list(self.ended),
+            errors=dict(self.errors),
+            retried=dict(self.retried),
+            kinds=dict(self.kinds),
+            durations=self.durations.copy(),
+            firsts=self.firsts.copy(),
+            gaps=self.gaps.copy(),
+            series=self.series.table(now),
+            token_rate=self.series.rate(now, "tokens"),
+            byte_rate=self.series.rate(now, "bytes"),
+            now=now,
+        )
+
+
+class _Snapshot(NamedTuple):
+    """One consistent copy of a monitor's figures, so that it can be read unlocked."""
+
+    counts: dict[str, int]
+    ended_bytes: int
+    tallies: list[_Tally]
+    errors: dict[str, int]
+    retried: dict[str, int]
+    kinds: dict[str, int]
+    durations: _LogHistogram
+    firsts: _LogHistogram
+    gaps: _LogHistogram
+    series: list[dict[str, Any]]
+    token_rate: float
+    byte_rate: float
+    now: float
+
+
+def _clipped(text: object, size: int) -> str:
+    whole = str(text)
+    return whole if len(whole) <= size else whole[: size - 3] + "..."
+
+
+def _count_capped(counts: dict[str, int], name: str) -> None:
+    if name not in counts and len(counts) >= _MONITOR_KINDS:
+        name = "other"
+    counts[name] = counts.get(name, 0) + 1
+
+
+def _error_kind(error: BaseException) -> str:
+    """Type and codes of an error, but not its message, which rarely repeats."""
+    code = getattr(error, "code", None) or getattr(error, "type", None)
+    facts = [getattr(error, name, None) for name in ("status", "kind", "limit")]
+    words = [type(error).__name__] + [str(fact) for fact in facts if fact]
+    if code and str(code) not in words:
+        words.append(str(code))
+    phase = getattr(error, "phase", "")
+    return _clipped(" ".join(words) + (f" ({phase})" if phase else ""), 120)
+
+
+def _figure(value: float | None, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.4g}{unit}"
+
+
+def _monitor_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
+    rate = report["success_rate"]
+    facts = [
+        (name, str(report[name]))
+        for name in ("active", "started", "completed", "failed", "closed", "retries")
+    ]
+    facts.append(("success rate", "-" if rate is None else f"{rate:.1%}"))
+    facts.append(("deltas", f"{report['tokens']} ({report['tokens_per_second']:g}/s)"))
+    facts.append(("bytes", f"{report['bytes']} ({report['bytes_per_second']:g}/s)"))
+    for name, label in (
+        ("seconds", "duration"),
+        ("first_token_seconds", "first token"),
+        ("gaps", "gap"),
+    ):
+        marks = [f"{mark} {_figure(v, ' s')}" for mark, v in report[name].items()]
+        facts.append((label, ", ".join(marks)))
+    return facts
+
+
+def _monitor_text(report: dict[str, Any]) -> str:
+    lines = [f"{label:>12}  {value}" for label, value in _monitor_facts(report)]
+    for common in report["common_errors"]:
+        lines.append(f"{'error':>12}  {common['count']} x {common['error']}")
+    return "\n".join(lines)
+
+
+def _monitor_html(report: dict[str, Any]) -> str:
+    import html
+
+    def row(tag: str, cells: Iterable[object]) -> str:
+        texts = (html.escape("-" if cell is None else str(cell)) for cell in cells)
+        return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"
+
+    facts = "".join(row("td", fact) for fact in _monitor_facts(report))
+    errors = "".join(
+        row("td", (common["count"], common["error"]))
+        for common in report["common_errors"]
+    )
+    streams = "".join(row("td", stream.values()) for stream in report["streams"])
+    names = report["streams"][0] if report["streams"] else {"stream": 0, "state": ""}
+    return (
+        f"<table>{facts}</table>"
+        + (f"<table>{row('th', ('count', 'error'))}{errors}</table>" if errors else "")
+        + f"<table>{row('th', names)}{streams}</table>"
+    )
+
+
+_EDGES = range(-3 * 24, 3 * 24 + 1, 8)  # a millisecond to 1000 s, three a decade
+
+
+def _exposition(state: _Snapshot) -> str:
+    """The Prometheus text of a snapshot."""
+    counts = state.counts
+    ended = {name: counts[name] for name in ("completed", "failed", "closed")}
+    lines: list[str] = []
+
+    def family(name: str, kind: str, text: str, *samples: tuple[str, float]) -> None:
+        name = "resilient_sse_" + name
+        lines.append(f"# HELP {name} {text}")
+        lines.append(f"# TYPE {name} {kind}")
+        lines.extend(f"{name}{suffix} {value!r}" for suffix, value in samples)
+
+    family("active_streams", "gauge", "Streams now open.", ("", counts["active"]))
+    for name, text in (
+        ("started", "Streams begun."),
+        ("retries", "Retries and resumes scheduled."),
+        ("tokens", "Deltas received."),
+        ("bytes", "Bytes of bodies received."),
+    ):
+        family(name + "_total", "counter", text, ("", counts[name]))
+    for name, label, text, values in (
+        ("ended", "outcome", "Streams ended.", ended),
+        ("errors", "type", "Errors that ended a stream.", state.errors),
+        ("retried_errors", "type", "Errors that were retried.", state.retried),
+    ):
+        family(name + "_total", "counter", text, *_labelled(label, values))
+    for name, text, histogram in (
+        ("stream_seconds", "Duration of ended streams.", state.durations),
+        ("first_token_seconds", "Time from start to first delta.", state.firsts),
+        ("delta_gap_seconds", "Time between two deltas.", state.gaps),
+    ):
+        family(name, "histogram", text, *_histogram_samples(histogram))
+    return "\n".join(lines) + "\n"
+
+
+def _labelled(label: str, values: dict[str, int]) -> list[tuple[str, float]]:
+    samples: list[tuple[str, float]] = []
+    for value, count in values.items():
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        samples.append((f'{{{label}="{escaped}"}}', count))
+    return samples
+
+
+def _histogram_samples(histogram: _LogHistogram) -> list[tuple[str, float]]:
+    samples: list[tuple[str, float]] = []
+    for place in _EDGES:
+        edge = 10 ** (place / histogram.PER_DECADE)
+        samples.append((f'_bucket{{le="{edge:.6g}"}}', histogram.up_to(place)))
+    samples.append(('_bucket{le="+Inf"}', histogram.count))
+    samples.append(("_sum", histogram.total))
+    samples.append(("_count", histogram.count))
+    return samples
+
+
+# ---------------------------------------------------------------------------
+# 14. Stream trace: one stream -> a report that can be pasted into an issue
+# ---------------------------------------------------------------------------
+# Promises when what happened: requests, headers, first byte, gaps, pings, errors,
+# waits, seams, end; and how the body came in. Memory is bounded: of a long stream
+# the first and the last part are kept, and the report says what is missing.
+# Refuses to hold text in report() and save(): sizes only, secrets masked by header
+# name. save_raw() alone writes the body itself, and needs that to be replayed.
+
+_PRIVATE_HEADER = re.compile(
+    r"auth|cookie|token|secret|password|credential|signature|session|key"
+    r"|organization|project",
+    re.IGNORECASE,
+)
+_KEY_LIKE = re.compile(
+    r"\b(?:bearer\s+|sk-|xox[a-z]-|AIza|hf_|gsk_)[^\s\"',;]{6,}", re.IGNORECASE
+)
+_WHY_WIDTH = 300
+_HEADER_WIDTH = 120
+_BAR_WIDTH = 40
+_SHOWN_FACTS = {  # in the report; the why of an entry tells the other ones
+    "start": ("model", "dialect"),
+    "request": ("url", "body_bytes"),
+    "ping": ("form", "count", "until"),
+    "retry": ("wait", "error", "phase", "kept_characters"),
+    "restart": ("void_characters",),
+    "error": ("error", "phase", "kept_characters"),
+    "complete": ("finish_reason", "seams"),
+}
+
+
+class _TraceEntry(NamedTuple):
+    """One line of a timeline; ``facts`` holds sizes and names, never text."""
+
+    number: int
+    seconds: float
+    attempt: int
+    what: str
+    why: str
+    facts: dict[str, Any]
+
+    def plain(self) -> dict[str, Any]:
+        line = {"seconds": _rounded(self.seconds), "attempt": self.attempt}
+        return {**line, "what": self.what, "why": self.why, **self.facts}
+
+
+class _Ring:
+    """Keeps the first and the last entries added, and counts those between."""
+
+    def __init__(self, first: int, last: int) -> None:
+        from collections import deque
+
+        self._size = first
+        self._first: list[_TraceEntry] = []
+        self._last: deque[_TraceEntry] = deque(maxlen=last)
+        self.left_out = 0
+
+    def add(self, entry: _TraceEntry) -> None:
+        if len(self._first) < self._size:
+            self._first.append(entry)
+            return
+        self.left_out += len(self._last) == self._last.maxlen
+        self._last.append(entry)
+
+    def entries(self) -> list[_TraceEntry]:
+        """The kept ones in order, with an entry that says so where some are missing."""
+        middle = []
+        if self.left_out and self._first:
+            edge = self._first[-1]
+            why = f"{self.left_out} entries left out here"
+            middle = [edge._replace(what="left out", why=why, facts={})]
+        return self._first + middle + list(self._last)
+
+
+class StreamTrace(Observer):
+    """Debugger of one stream: give a new one as ``observe=``, then print its report.
+
+    Given to several streams it follows the one that started last and forgets the one
+    before. May be read from any thread, also while the stream runs.
+
+    :param first: entries kept from the stream's beginning, once for the timeline and
+        once for the chunks, events and deltas that :meth:`save` writes; 200 show how
+        a stream came up.
+    :param last: entries kept from its end, likewise; 800 show what led to the end.
+    :param gap: seconds of silence from which on the timeline names a gap; 1.0 is
+        what a reader notices.
+    :param raw_limit: bytes of one body kept for :meth:`save_raw`; 8 MiB hold any
+        usual answer.
+    :raises ValueError: if a number is negative.
+    """
+
+    def __init__(
+        self,
+        *,
+        first: int = 200,
+        last: int = 800,
+        gap: float = 1.0,
+        raw_limit: int = 8 * 1024 * 1024,
+    ) -> None:
+        super().__init__()
+        if min(first, last, gap, raw_limit) < 0:
+            raise ValueError("first, last, gap and raw_limit must not be negative")
+        # Reentrant for the reason given in StreamMonitor.
+        self._lock = threading.RLock()
+        self._sizes = (first, last, gap, raw_limit)
+        self._log = _TraceLog(-1, *self._sizes)
+
+    def on_start(self, record: StreamRecord) -> None:
+        with self._lock:
+            self._log = _TraceLog(record.stream, *self._sizes)
+            self._log.start(record)
+
+    def _see(self, record: StreamRecord) -> None:
+        with self._lock:
+            if record.stream == self._log.stream:
+                self._log.see(record)
+
+    on_request = on_response = on_chunk = on_event = on_token = _see
+    on_retry = on_restart = on_error = on_complete = _see
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of the stream as a plain dict that JSON can hold.
+
+        Sizes in bytes and characters, times in seconds; percentiles within 5 %.
+        """
+        with self._lock:
+            return self._log.sums.plain()
+
+    def report(self) -> str:
+        """Summary, timeline and chunk analysis as text of at most 1100 entries."""
+        with self._lock:
+            facts = self._log.sums.plain()
+            entries = self._log.timeline.entries()
+            waits = self._log.sums.waits.copy()
+        lines = ["Summary", *_summary_lines(facts), "", "Timeline"]
+        for entry in entries:
+            lines.extend(_entry_lines(entry))
+        lines += ["", "Chunks", *_chunk_lines(facts, waits)]
+        return "\n".join(lines) + "\n"
+
+    def __str__(self) -> str:
+        return self.report()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write summary, timeline, chunks, events and deltas as ASCII JSON lines.
+
+        :param path: the file, which is replaced.
+        :raises OSError: if it cannot be written.
+        """
+        with self._lock:
+            first = {"what": "summary", **self._log.sums.plain()}
+            entries = self._log.timeline.entries() + self._log.details.entries()
+        entries.sort(key=lambda entry: entry.number)
+        with open(path, "w", encoding="ascii") as file:
+            lines = [first] + [entry.plain() for entry in entries]
+            file.writelines(jsonlib.dumps(line, default=str) + "\n" for line in lines)
+
+    def save_raw(self, path: str | os.PathLike[str]) -> None:
+        """Write the body as it came in, for ``ChatStream.replay`` to read.
+
+        It is the body of the last request that was answered with one; the bodies of
+        the requests before it ended in a drop. It contains the answer's text.
+
+        :param path: the file, which is replaced.
+        :raises ValueError: if the body was longer than ``raw_limit``: a cut copy
+            would replay as a drop that never happened. Nothing is written then.
+        :raises OSError: if it cannot be written.
+        """
+        with self._lock:
+            size, raw = self._log.sums.raw_bytes, bytes(self._log.raw)
+        if size > self._log.raw_limit:
+            raise ValueError(
+                f"the body has {size} bytes, more than the {self._log.raw_limit} kept; "
+                f"trace it with StreamTrace(raw_limit={size})"
+            )
+        with open(path, "wb") as file:
+            file.write(raw)
+
+
+class _TraceLog:
+    """What a trace has noted of one stream; the trace holds its lock around it."""
+
+    def __init__(
+        self, stream: int, first: int, last: int, gap: float, raw_limit: int
+    ) -> None:
+        self.stream = stream
+        self.gap = gap
+        self.raw_limit = raw_limit
+        self.timeline = _Ring(first, last)
+        self.details = _Ring(first, last)
+        self.sums = _TraceSums()
+        self.raw = bytearray()
+        self._raw_stale = False
+        self._number = 0
+        self._pings: dict[str, Any] | None = None
+
+    def see(self, record: StreamRecord) -> None:
+        self.sums.seconds = max(self.sums.seconds, record.seconds)
+        getattr(self, record.what)(record)
+
+    def _note(self, record: StreamRecord, what: str, why: str, **facts: Any) -> None:
+        self._pings = facts if what == "ping" else None
+        self._add(self.timeline, record, what, _harmless(why), facts)
+
+    def _detail(self, record: StreamRecord, **facts: Any) -> None:
+        self._add(self.details, record, record.what, "", facts)
+
+    def _add(
+        self,
+        ring: _Ring,
+        record: StreamRecord,
+        what: str,
+        why: str,
+        facts: dict[str, Any],
+    ) -> None:
+        self._number += 1
+        ring.add(
+            _TraceEntry(self._number, record.seconds, record.attempt, what, why, facts)
+        )
+
+    def start(self, record: StreamRecord) -> None:
+        facts = dict(record.data)
+        self.sums.about = {
+            "model": facts.get("model"),
+            "dialect": facts.get("dialect"),
+            "url": _bare_url(str(facts.get("url") or "")),
+        }
+        self._note(record, "start", record.why, **self.sums.about)
+
+    def request(self, record: StreamRecord) -> None:
+        data = record.data
+        self.sums.begin_request(record.seconds)
+        self._note(
+            record,
+            "request",
+            record.why,
+            method=data.get("method"),
+            url=_bare_url(str(data.get("url") or "")),
+            action=data.get("action"),
+            body_bytes=data.get("body_bytes"),
+            headers=_shown_headers(data.get("headers") or {}),
+        )
+
+    def response(self, record: StreamRecord) -> None:
+        status = record.data.get("status")
+        self.sums.read_at = record.seconds
+        self._raw_stale = self._raw_stale or status is None or status < 400
+        headers = _shown_headers(record.data.get("headers") or {})
+        self._note(record, "response", record.why, status=status, headers=headers)
+
+    def chunk(self, record: StreamRecord) -> None:
+        sums, size = self.sums, len(record.data)
+        wait = sums.add_chunk(record)
+        self._keep(record.data)
+        self._detail(record, bytes=size, wait=_rounded(wait))
+        if sums.body_chunks == 1:
+            why = f"{size} bytes, {wait:.3f} s after the headers"
+            self._note(record, "first byte", why, bytes=size, wait=_rounded(wait))
+        elif wait >= self.gap:
+            sums.gap_noted = True
+            why = f"{wait:.3f} s without a byte"
+            self._note(record, "gap", why, wait=_rounded(wait))
+        comments = sums.count_comments(record.data)
+        if comments:
+            self._ping(record, comments, "comment")
+
+    def _keep(self, data: bytes) -> None:
+        sums = self.sums
+        if self._raw_stale:
+            # A new body: the one before ends in a drop, and a decoder that read
+            # both as one would see the same text twice or a broken event.
+            self.raw, self._raw_stale = bytearray(), False
+            sums.raw_bytes = 0
+        sums.raw_bytes += len(data)
+        if sums.raw_bytes <= self.raw_limit:
+            self.raw += data
+        else:
+            self.raw = bytearray()  # never written, so not worth its memory
+
+    def _ping(self, record: StreamRecord, count: int, form: str) -> None:
+        self.sums.pings += count
+        if self._pings is None:
+            self._note(record, "ping", "", form=form, count=0, until=0.0)
+        if self._pings is not None:
+            self._pings["count"] += count
+            self._pings["until"] = _rounded(record.seconds)
+
+    def event(self, record: StreamRecord) -> None:
+        event = record.data
+        self.sums.events += 1
+        size = len(event.data)
+        self._detail(record, event=_clipped(event.event, 60), characters=size)
+        if event.event == "ping":
+            self._ping(record, 1, "event")
+
+    def token(self, record: StreamRecord) -> None:
+        sums, delta = self.sums, record.data
+        size = len(delta.text)
+        self._detail(record, kind=delta.kind, index=delta.index, characters=size)
+        wait = sums.add_delta(record)
+        if wait is None:
+            self._first_delta(record)
+        elif wait >= self.gap and not sums.gap_noted:
+            why = f"{wait:.3f} s without a delta, though bytes came"
+            self._note(record, "gap", why, wait=_rounded(wait))
+        sums.gap_noted = False
+
+    def _first_delta(self, record: StreamRecord) -> None:
+        kind, seam = record.data.kind, self.sums.seam
+        wait = record.seconds - self.sums.request_at
+        if seam:
+            self._note(record, "seam", f"goes on after character {seam}", offset=seam)
+            return
+        why = f"{kind}, {wait:.3f} s after the request"
+        self._note(record, "first delta", why, kind=kind, wait=_rounded(wait))
+
+    def retry(self, record: StreamRecord) -> None:
+        self.sums.retries += 1
+        facts = self._error_facts(record.data["error"])
+        wait, action = _rounded(record.data["wait"]), record.data["action"]
+        self._note(record, "retry", record.why, wait=wait, action=action, **facts)
+
+    def restart(self, record: StreamRecord) -> None:
+        void = self.sums.void()
+        self._note(record, "restart", record.why, void_characters=void)
+
+    def error(self, record: StreamRecord) -> None:
+        self.sums.end = f"{type(record.data).__name__}: {record.why}"
+        self._note(record, "error", record.why, **self._error_facts(record.data))
+
+    def _error_facts(self, error: StreamingError) -> dict[str, Any]:
+        return {**_error_facts(error), "kept_characters": self.sums.handed}
+
+    def complete(self, record: StreamRecord) -> None:
+        reason = getattr(record.data, "finish_reason", None)
+        seams = list(getattr(record.data, "seams", None) or ())
+        usage = getattr(record.data, "usage", None)
+        if usage is not None:
+            self.sums.usage = (usage.input_tokens, usage.output_tokens)
+        self.sums.end = f"complete ({reason})" if reason else "complete"
+        self._note(record, "complete", record.why, finish_reason=reason, seams=seams)
+
+
+class _TraceSums:
+    """The figures of a trace: fixed in size, however long the stream."""
+
+    def __init__(self) -> None:
+        self.about: dict[str, Any] = {}
+        self.end = "running"
+        self.seconds = 0.0
+        self.requests = self.retries = self.chunks = self.events = self.pings = 0
+        self.bytes = self.raw_bytes = 0
+        self.deltas: dict[str, int] = {}
+        self.characters: dict[str, int] = {}
+        self.usage: tuple[int | None, int | None] | None = None
+        self.waits = _LogHistogram()
+        self.sizes = _LogHistogram()
+        self.first_byte: float | None = None
+        self.first_token: float | None = None
+        self.handed = 0  # characters of text that still stand
+        self.seam = 0
+        self.gap_noted = False
+        self.begin_request(0.0)
+        self.requests = 0
+
+    def begin_request(self, seconds: float) -> None:
+        self.requests += 1
+        self.request_at = self.read_at = seconds
+        self.delta_at: float | None = None
+        self.body_chunks = 0
+        self._line_begins = True
+
+    def add_chunk(self, record: StreamRecord) -> float:
+        """Count a read; how long it was waited for."""
+        wait = record.seconds - self.read_at
+        self.read_at = record.seconds
+        self.chunks += 1
+        self.body_chunks += 1
+        self.bytes += len(record.data)
+        self.sizes.add(len(record.data))
+        self.waits.add(wait)
+        if self.first_byte is None:
+            self.first_byte = record.seconds
+        return wait
+
+    def count_comments(self, data: bytes) -> int:
+        begins = self._line_begins and data.startswith(b":")
+        self._line_begins = data.endswith((b"\n", b"\r"))
+        return data.count(b"\n:") + begins
+
+    def add_delta(self, record: StreamRecord) -> float | None:
+        """Count a delta; the wait since the one before in the same request."""
+        before, self.delta_at = self.delta_at, record.seconds
+        kind, size = record.data.kind, len(record.data.text)
+        if before is None:
+            self.seam = self.handed
+        if self.first_token is None:
+            self.first_token = record.seconds
+        if kind == "text" and record.data.index == 0:
+            self.handed += size
+        self.deltas[kind] = self.deltas.get(kind, 0) + 1
+        self.characters[kind] = self.characters.get(kind, 0) + size
+        return None if before is None else record.seconds - before
+
+    def void(self) -> int:
+        """Forget what was handed out, as the answer starts over."""
+        handed, self.handed = self.handed, 0
+        return handed
+
+    def plain(self) -> dict[str, Any]:
+        sent, got = self.usage or (None, None)
+        first_byte, first_token = self.first_byte, self.first_token
+        return {
+            **self.about,
+            "end": _harmless(self.end),
+            "seconds": _rounded(self.seconds),
+            "first_byte_seconds": None if first_byte is None else _rounded(first_byte),
+            "first_token_seconds": None
+            if first_token is None
+            else _rounded(first_token),
+            "requests": self.requests,
+            "retries": self.retries,
+            "bytes": self.bytes,
+            "chunks": self.chunks,
+            "events": self.events,
+            "pings": self.pings,
+            "deltas": dict(self.deltas),
+            "characters": dict(self.characters),
+            "input_tokens": sent,
+            "output_tokens": got,
+            "chunk_bytes": _spread(self.sizes),
+            "chunk_waits": _spread(self.waits),
+            "software": _software(),
+        }
+
+
+def _spread(histogram: _LogHistogram) -> dict[str, float | None]:
+    some = histogram.count > 0
+    return {
+        "min": _rounded(histogram.least) if some else None,
+        "mean": histogram.mean(),
+        **histogram.percentiles(),
+        "max": _rounded(histogram.greatest) if some else None,
+    }
+
+
+def _software() -> str:
+    import platform
+
+    urllib3 = sys.modules["urllib3"].__version__
+    return (
+        f"resilient_sse {__version__}, Python {platform.python_version()}, "
+        f"requests {requests.__version__}, urllib3 {urllib3}, "
+        f"{platform.system()}"
+    )
+
+
+def _harmless(why: str) -> str:
+    """One line without control characters and without what looks like a key."""
+    line = " ".join(_CONTROL.sub(" ", why).split())
+    return _clipped(_KEY_LIKE.sub("***", line), _WHY_WIDTH)
+
+
+def _shown_headers(headers: Mapping[str, Any]) -> dict[str, str]:
+    """Headers that can be shown; rate limits count tokens and are no secret."""
+    shown = {}
+    for name, value in headers.items():
+        secret = _PRIVATE_HEADER.search(name) and "ratelimit" not in name.lower()
+        shown[str(name)] = "***" if secret else _clipped(value, _HEADER_WIDTH)
+    return shown
+
+
+def _bare_url(url: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", re.split(r"[?#]", url)[0])
+
+
+def _error_facts(error: BaseException) -> dict[str, Any]:
+    names = ("status", "code", "kind", "limit", "phase", "retryable")
+    facts = ((name, getattr(error, name, None)) for name in names)
+    known = {name: fact for name, fact in facts if fact is not None}
+    return {"error": type(error).__name__, **known}
+
+
+def _summary_lines(facts: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, value in facts.items():
+        if name.startswith("chunk_") or value in (None, "", {}):
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {count}" for key, count in value.items())
+        label = name.replace("_", " ").replace(" seconds", "")
+        unit = " s" if name.endswith("seconds") else ""
+        lines.append(f"  {label:<14} {value}{unit}")
+    return lines
+
+
+def _entry_lines(entry: _TraceEntry) -> list[str]:
+    """An entry for the report: its headers follow, a line each."""
+    facts = {name: entry.facts.get(name) for name in _SHOWN_FACTS.get(entry.what, ())}
+    named = [f"{k}={v}" for k, v in facts.items() if v not in (None, "", [])]
+    text = "; ".join(part for part in (entry.why, " ".join(named)) if part)
+    line = f"  {entry.seconds:10.3f} s  #{entry.attempt}  {entry.what:<11}  {text}"
+    headers = entry.facts.get("headers", {})
+    return [line.rstrip()] + [f"{'':22}{k}: {v}" for k, v in headers.items()]
+
+
+def _chunk_lines(facts: dict[str, Any], waits: _LogHistogram) -> list[str]:
+    lines = []
+    for label, name, unit in (
+        ("sizes", "chunk_bytes", " B"),
+        ("read times", "chunk_waits", " s"),
+    ):
+        marks = (f"{key} {_figure(mark, unit)}" for key, mark in facts[name].items())
+        lines.append(f"  {label:<11} " + ", ".join(marks))
+    return [*lines, "", "Gaps between reads", *_bars(waits)]
+
+
+def _bars(waits: _LogHistogram) -> list[str]:
+    """The gaps between reads as bars, from the shortest to the longest seen."""
+    edges = list(_EDGES)
+    sums = [0] + [waits.up_to(place) for place in edges] + [waits.count]
+    counts = [after - before for before, after in zip(sums, sums[1:])]
+    used = [place for place, count in enumerate(counts) if count]
+    if not used:
+        return []
+    names = [f"to {10 ** (place / waits.PER_DECADE):.3g} s" for place in edges]
+    names.append(f"over {10 ** (edges[-1] / waits.PER_DECADE):g} s")
+    scale = _BAR_WIDTH / max(counts)
+    return [
+        f"  {names[i]:>12}  {counts[i]:>7}  {'#' * math.ceil(counts[i] * scale)}".rstrip()
+        for i in range(used[0], used[-1] + 1)
+    ]
+
+
+# ---------------------------------------------------------------------------
+# 15. Notebook display: a stream as live Markdown
+# ---------------------------------------------------------------------------
+# Promises at most twenty updates a second, and that what stands in the cell is
+# what was received: also after an interrupt, an error, or starting over.
+# Refuses to swallow anything: an error and an interrupt go on to the cell.
+
+_UPDATE_SECONDS = 0.05
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+
+
+class _TextOut:
+    """Standard output: UTF-8 whatever the locale, every piece flushed at once."""
+
+    def __init__(self) -> None:
+        self._text = sys.stdout
+        self._text.flush()
+        self._bytes = getattr(sys.stdout, "buffer", None)
+        self.terminal = self._text.isatty()
+        self.mid_line = False
+
+    def write(self, text: str) -> None:
+        if not text:
+            return
+        if self.terminal:
+            # A model's words must not move the cursor or retitle the window.
+            text = _CONTROL.sub("\ufffd", text.replace("\r\n", "\n"))
+        self.mid_line = not text.endswith("\n")
+        if self._bytes is None:
+            self._text.write(text)
+            self._text.flush()
+        else:
+            self._bytes.write(text.encode("utf-8", "backslashreplace"))
+            self._bytes.flush()
+
+    def end_line(self) -> None:
+        if self.mid_line:
+            self.write("\n")
+
+
+class _MarkdownCell:
+    """One output of a notebook cell, replaced by each update."""
+
+    interval = _UPDATE_SECONDS
+
+    def __init__(self, module: Any) -> None:
+        self._text = ""
+        self._markdown = module.Markdown
+        self._handle = module.display(self._markdown(""), display_id=True)
+
+    def add(self, text: str) -> None:
+        self._text += text
+        self._handle.update(self._markdown(self._text))
+
+    def start_over(self) -> None:
+        self._text = ""
+
+
+class _PrintedText:
+    """The same where no notebook is: what is new is printed at once."""
+
+    interval = 0.0
+
+    def __init__(self) -> None:
+        self._out = _TextOut()
+
+    def add(self, text: str) -> None:
+        self._out.write(text)
+
+    def start_over(self) -> None:
+        self._out.end_line()
+        self._out.write("[the answer starts over]\n")
+
+
+def _painter() -> _MarkdownCell | _PrintedText:
+    """A notebook's cell where there is one; a terminal cannot replace Markdown."""
+    import importlib
+
+    try:
+        module = importlib.import_module("IPython.display")
+    except ImportError:
+        return _PrintedText()
+    shell = getattr(sys.modules["IPython"], "get_ipython", lambda: module)()
+    if shell is None or type(shell).__name__ == "TerminalInteractiveShell":
+        return _PrintedText()
+    return _MarkdownCell(module)
+
+
+class _Live(Observer):
+    """Paints the visible text as it comes, not more often than the painter likes."""
+
+    def __init__(self, painter: _MarkdownCell | _PrintedText, text: str) -> None:
+        super().__init__()
+        self._painter = painter
+        self._new = [text] if text else []
+        self._painted_at = -painter.interval
+
+    def on_token(self, record: StreamRecord) -> None:
+        delta = record.data
+        if delta.kind == "text" and delta.index == 0:
+            self._new.append(delta.text)
+            self._paint_if_due(record)
+
+    def on_chunk(self, record: StreamRecord) -> None:
+        # A ping, too, shows the words that came too soon after the last update.
+        self._paint_if_due(record)
+
+    def on_restart(self, record: StreamRecord) -> None:
+        self._painter.start_over()
+        self._new = [""]
+        self._paint_if_due(record)
+
+    def _paint_if_due(self, record: StreamRecord) -> None:
+        due = record.seconds - self._painted_at >= self._painter.interval
+        if due and self._new:
+            self._painted_at = record.seconds
+            self.paint()
+
+    def paint(self) -> None:
+        if self._new:
+            new, self._new = self._new, []
+            self._painter.add("".join(new))
+
+
+def _show_live(stream: ChatStream) -> ChatResult:
+    """Show the answer as it comes, as live Markdown in a notebook's cell.
+
+    Outside a notebook the text is printed as it comes. The stream may start over
+    after a drop, as in :func:`complete_chat`; what that replaces is taken back. An
+    interrupt closes the connection and goes on; the text so far stays in the cell.
+
+    :returns: the complete result.
+    :raises StreamingError: as the loop over the stream would, after the text so far
+        has been shown.
+    """
+    live = _Live(_painter(), stream.text)
+    stream.observe(live)
+    try:
+        return stream.complete()
+    finally:
+        live.paint()
+        stream.close()
+
+
+def _show_as_value(stream: ChatStream) -> None:
+    """What a cell does whose last value is a stream: the same as ``show()``."""
+    try:
+        _show_live(stream)
+    except StreamingError as error:
+        _fail_cell(error)
+        raise
+
+
+def _fail_cell(error: StreamingError) -> None:
+    """Have Run All stop: IPython prints what a display method raises and goes on."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    result = getattr(getattr(shell, "displayhook", None), "exec_result", None)
+    if result is not None:
+        result.error_in_exec = error
+
+
+# The class stands above the line and must not know of this section.
+for _name, _method in (("show", _show_live), ("_ipython_display_", _show_as_value)):
+    setattr(ChatStream, _name, _method)
+
+
+# ---------------------------------------------------------------------------
+# 16. Command line: one answer from a shell
+# ---------------------------------------------------------------------------
+# Promises the text on standard output and nothing else there, facts on standard
+# error, and an exit status that says how the stream ended.
+# Refuses keys as arguments: other users of the machine can read those.
+
+_EXIT_STATUS = (
+    (0, "the answer is complete", None),
+    (1, "a file cannot be read or written, or anything not named here", None),
+    (2, "the command line or an option is wrong", None),
+    (3, "no connection, or it dropped", StreamConnectionError),
+    (4, "a time limit passed", StreamTimeoutError),
+    (5, "a repeated answer differs from what was printed", ResumeMismatchError),
+    (6, "the stream ended before the answer did", IncompleteStreamError),
+    (7, "the server reports an error", APIError),
+    (8, "the reply is no event stream, or malformed", MalformedStreamError),
+    (9, "a size limit was reached", StreamLimitError),
+    (10, "the stream was closed from elsewhere", StreamAbortedError),
+    (130, "interrupted by Ctrl-C", None),
+    (141, "the reader of standard output went away", None),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: print one answer as it streams.
+
+    :param argv: the arguments; None, the default, takes those of the process.
+    :returns: the exit status, as listed by ``--help``.
+    """
+    try:
+        return _run(_parser().parse_args(argv))
+    except SystemExit as stop:  # argparse has said why
+        return stop.code if isinstance(stop.code, int) else 2
+    except KeyboardInterrupt:
+        return 130
+    except StreamingError as error:
+        _complain(f"{type(error).__name__}: {error}")
+        return _exit_status(error)
+    except BrokenPipeError:
+        _detach_stdout()
+        return 141
+    except ValueError as error:
+        _complain(str(error))
+        return 2
+    except OSError as error:
+        _complain(str(error))
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    import argparse
+
+    status = "\n".join(f"  {code:>3}  {text}" for code, text, _ in _EXIT_STATUS)
+    parser = argparse.ArgumentParser(
+        prog="resilient-sse",
+        description="Print the answer of a language model as it streams, whole or "
+        "with an exit status that says why not.",
+        epilog=f"Keys come from the environment or --key-file.\n\nexit status:\n{status}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("prompt", nargs="?", help="the prompt; - or a pipe reads standard input")
+    add("--model", help="name of the model")
+    add("--base-url", metavar="URL", help="where the API is, as its SDK calls it")
+    add("--dialect", choices=sorted(DIALECTS), default="openai", help="(openai)")
+    add("--param", action="append", type=_parameter, default=[], metavar="K=V")
+    add("--resume", choices=_RESUME_MODES, default="auto", help="after a drop (auto)")
+    add(
+        "--attempts", type=int, metavar="N", help="requests at most, the first included"
+    )
+    for name in _TIMEOUT_NAMES:
+        flag = "--" + name.replace("_", "-")
+        # Left out of the options unless given: None has its own meaning here.
+        add(
+            flag,
+            type=_seconds_or_none,
+            metavar="S",
+            default=argparse.SUPPRESS,
+            help=_TIMEOUT_HELP,
+        )
+    add("--key-file", metavar="FILE", help="read the API key from this file")
+    add("--trace", metavar="FILE", help="write a redacted report of the stream there")
+    add("--save-raw", metavar="FILE", help="save the body there, for --replay")
+    add("--replay", metavar="FILE", help="read a saved body; no request is made")
+    add("--json", action="store_true", help="print the result as one line of JSON")
+    talk = parser.add_mutually_exclusive_group()
+    talk.add_argument("--quiet", action="store_true", help="no facts, only errors")
+    talk.add_argument("--verbose", action="store_true", help="every fact, always")
+    add("--version", action="store_true", help="version and SHA-256 of this file")
+    return parser
+
+
+_RESUME_MODES = ("auto", "reattach", "continue", "ask", "replay", "never")
+_TIMEOUT_HELP = "seconds, or none"
+_TIMEOUT_NAMES = ("connect", "first_token", "read", "idle", "total")
+
+
+def _parameter(argument: str) -> tuple[str, Any]:
+    """``temperature=0`` as a name and a value: JSON if it parses, else a string."""
+    import argparse
+
+    name, equals, text = argument.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{argument!r} is not of the form name=value")
+    try:
+        return name, jsonlib.loads(text)
+    except ValueError:
+        return name, text
+
+
+def _seconds_or_none(argument: str) -> float | None:
+    return None if argument.lower() == "none" else float(argument)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.version:
+        print(_version_line())
+        return 0
+    out = _TextOut()
+    observers: list[Observer] = [_Facts(options, out)]
+    try:
+        stream = _open_stream(options)
+    except TypeError as error:  # another client's name for a parameter
+        raise ValueError(error) from error
+    with contextlib.ExitStack() as files:
+        # Before the answer is paid for: a path that cannot be written ends it here.
+        if options.trace:
+            observers.append(files.enter_context(_trace_file(options.trace)))
+        if options.save_raw:
+            observers.append(files.enter_context(_raw_file(options.save_raw)))
+        for observer in observers:
+            stream.observe(observer)
+        files.enter_context(stream)
+        _print_stream(stream, options, out)
+    return 0
+
+
+def _version_line() -> str:
+    import hashlib
+
+    with open(__file__, "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    return f"resilient_sse {__version__} sha256:{digest}"
+
+
+def _open_stream(options: argparse.Namespace) -> ChatStream:
+    """The stream asked for; nothing is sent yet.
+
+    :raises ValueError: if an option is wrong.
+    """
+    if options.replay:
+        with open(options.replay, "rb") as file:
+            return ChatStream.replay(file.read(), dialect=options.dialect)
+    params = dict(options.param)
+    _check_params(params)
+    given = vars(options)
+    times = {n: given[n] for n in _TIMEOUT_NAMES if n in given}
+    retry = Retry() if options.attempts is None else Retry(attempts=options.attempts)
+    return stream_chat(
+        _read_prompt(options.prompt),
+        options.model,
+        dialect=options.dialect,
+        base_url=options.base_url,
+        api_key=_key(options.key_file),
+        timeouts=Timeouts(**times),
+        retry=retry,
+        resume=options.resume,
+        **params,
+    )
+
+
+def _check_params(params: dict[str, Any]) -> None:
+    """Parameters are the body's: a key, say, must not come in this way."""
+    import inspect
+
+    for name in set(params) & set(inspect.signature(stream_chat).parameters):
+        raise ValueError(f"--param {name}=... is not a parameter of the request body")
+
+
+def _read_prompt(argument: str | None) -> str:
+    if argument is not None and argument != "-":
+        return argument
+    if argument is None and sys.stdin.isatty():
+        raise ValueError("no prompt: give one, or - to read standard input")
+    source = getattr(sys.stdin, "buffer", None)
+    text = sys.stdin.read() if source is None else source.read().decode("utf-8")
+    if not text.strip():
+        raise ValueError("the prompt is empty")
+    return text
+
+
+def _key(path: str | None) -> str | None:
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        return file.read().strip()
+
+
+def _print_stream(
+    stream: ChatStream, options: argparse.Namespace, out: _TextOut
+) -> None:
+    try:
+        if options.json:
+            # Nobody reads the text before it is whole, so it may start over.
+            result = _as_json(stream.complete())
+            result["headers"] = _shown_headers(result["headers"])
+            out.write(jsonlib.dumps(result) + "\n")
+            return
+        for text in stream:
+            out.write(text)
+    except StreamingError as error:
+        if options.json:
+            facts = {**_error_facts(error), "message": str(error)}
+            out.write(
+                jsonlib.dumps({"error": _as_json(facts), "text": error.text}) + "\n"
+            )
+        raise
+    finally:
+        if out.terminal:
+            out.end_line()
+
+
+@contextlib.contextmanager
+def _trace_file(path: str) -> Iterator[StreamTrace]:
+    """A trace whose report is in the file once the stream has ended, however it did."""
+    trace = StreamTrace()
+    with open(path, "w", encoding="utf-8") as file:
+        try:
+            yield trace
+        finally:
+            file.write(trace.report())
+
+
+@contextlib.contextmanager
+def _raw_file(path: str) -> Iterator[_RawFile]:
+    with open(path, "wb") as file:
+        yield _RawFile(file)
+
+
+class _RawFile(Observer):
+    """The last body, written as it comes in: a file may be larger than memory."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__()
+        self._file = file
+        self._stale = False
+
+    def on_response(self, record: StreamRecord) -> None:
+        self._stale = record.data["status"] < 400
+
+    def on_chunk(self, record: StreamRecord) -> None:
+        if self._stale:
+            self._stale = False
+            self._file.seek(0)
+            self._file.truncate()
+        self._file.write(record.data)
+
+
+def _as_json(value: Any) -> Any:
+    """The same as JSON can hold it: records become objects, other things text."""
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    elif hasattr(value, "__dataclass_fields__"):
+        value = {f.name: getattr(value, f.name) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(item) for item in value]
+    return str(value)
+
+
+class _Facts(Observer):
+    """What happens to the stream, a line each on standard error."""
+
+    def __init__(self, options: argparse.Namespace, out: _TextOut) -> None:
+        super().__init__()
+        self._out = out
+        self._all = options.verbose
+        shown = sys.stderr is not None and sys.stderr.isatty() and not options.quiet
+        self._some = shown or options.verbose
+
+    def _say(self, record: StreamRecord) -> None:
+        if self._some:
+            if self._out.terminal:
+                self._out.end_line()
+            _complain(f"{record.seconds:.1f} s: {record.what}: {record.why}")
+
+    def _say_more(self, record: StreamRecord) -> None:
+        if self._all:
+            self._say(record)
+
+    on_retry = on_restart = on_complete = _say
+    on_start = on_request = on_response = _say_more
+
+
+def _complain(text: str) -> None:
+    """A line on standard error, whatever its encoding can hold."""
+    if sys.stderr is None:
+        return
+    line = _CONTROL.sub("\ufffd", f"resilient-sse: {text}") + "\n"
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    sys.stderr.write(line.encode(encoding, "backslashreplace").decode(encoding))
+    sys.stderr.flush()
+
+
+def _exit_status(error: StreamingError) -> int:
+    for status, _, kind in _EXIT_STATUS:
+        if kind is not None and isinstance(error, kind):
+            return status
+    return 1
+
+
+def _detach_stdout() -> None:
+    """Point a closed pipe elsewhere, or Python complains of it again at exit."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+
+# MIT License
+#
+# Copyright (c) 2026 The resilient_sse authors
+#
+# Permission is hereby granted, free of charge, to any person obtaining a copy
+# of this software and associated documentation files (the "Software"), to deal
+# in the Software without restriction, including without limitation the rights
+# to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+# copies of the Software, and to permit persons to whom the Software is
+# furnished to do so, subject to the following conditions:
+#
+# The above copyright notice and this permission notice shall be included in all
+# copies or substantial portions of the Software.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+# IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+# FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+# AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+# LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+# OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+# SOFTWARE.
