@@ -624,6 +624,8 @@ class SSEDecoder:
         #: The server's reconnection time in seconds; None if it never sent one.
         self.reconnection_time: float | None = None
         self._limits = limits
+        sizes = [size for size in (limits.line, limits.event) if size is not None]
+        self._harmless = min(sizes, default=math.inf)  # so many bytes pass no limit
         self._head = b""  # the first bytes, until they are known not to be a BOM
         self._headless = True
         self._after_cr = False
@@ -640,8 +642,9 @@ class SSEDecoder:
         :raises StreamLimitError: a line or an event is too large.
         """
         self._check()
-        events = self._parse(self._frame(chunk))
-        if not events:
+        region = self._frame(chunk)
+        events = self._parse(region) if region else []
+        if self._excess and not events:
             self._check()
         return events
 
@@ -701,7 +704,8 @@ class SSEDecoder:
         region = bytes(self._pending) + chunk[:cut] if self._pending else chunk[:cut]
         self._pending.clear()
         self._line = 0
-        region = self._bounded(region)
+        if len(region) > self._harmless:
+            region = self._bounded(region)
         if cut < len(chunk):
             self._keep(chunk[cut:])
         return region.decode("utf-8", "replace")
@@ -709,16 +713,16 @@ class SSEDecoder:
     def _keep(self, chunk: bytes) -> None:
         if self._excess:
             return
-        lines = chunk.split(b"\n")
-        longest = max(self._line + len(lines[0]), max(map(len, lines)))
-        self._line = len(lines[-1]) + (self._line if len(lines) == 1 else 0)
         self._pending += chunk
-        self._excess = self._exceeded(longest, len(self._pending))
+        if len(self._pending) > self._harmless:
+            lines = chunk.split(b"\n")
+            longest = max(self._line + len(lines[0]), max(map(len, lines)))
+            self._excess = self._exceeded(longest, len(self._pending))
+        end = chunk.rfind(b"\n") + 1
+        self._line = len(chunk) - end + (0 if end else self._line)
 
     def _bounded(self, region: bytes) -> bytes:
         """Cut the region off before the first block that is too large."""
-        if not self._exceeded(len(region), len(region)):
-            return region
         start = 0
         for block in region.split(b"\n\n"):
             longest = max(map(len, block.split(b"\n")))
@@ -5153,7 +5157,8 @@ class _Chat(_Loop["Piece"]):
                 "; no key was sent: a key from the environment goes only to the "
                 "provider's own address, pass api_key=..."
             )
-        if error.retryable and self.text and self.prompt.resume == "auto":
+        dropped = error.retryable and self.text and not self.answer.finished
+        if dropped and self.prompt.resume == "auto":
             return (
                 "; this answer cannot be resumed without a doubtful seam: see resume="
                 "'continue', 'ask' or 'replay', or use complete_chat"

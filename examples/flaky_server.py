@@ -47,7 +47,7 @@ from dataclasses import dataclass, field, replace
 from http.client import responses as REASONS
 from pathlib import Path
 from typing import (
-    Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, TypeVar, Union,
+    Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, TypeVar, Union,
 )
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -62,6 +62,7 @@ STORY = (
 CREATED = 1700000000  # every answer claims this time, so that answers can be compared byte by byte
 TICK = 0.02           # seconds between the bytes, comments or deltas of the faults that never end
 BYTES, EVENTS = 400, 3
+LINGER = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
 ENDLESS = 1 << 40     # the length announced for a body that does not end
 
 JSON = Dict[str, Any]
@@ -725,9 +726,9 @@ def ping_forever(answer: Answer, count: int) -> None:
 @fault("drip-forever:N", default=EVENTS)
 def drip_forever(answer: Answer, count: int) -> None:
     """After N events one byte of an unfinished comment line every 20 ms (of white space in NDJSON)."""
-    byte, steps = (b" ", answer.steps) if "ndjson" in answer.call.protocol.media else (b"-", answer.steps)
-    colon = [] if byte == b" " else [Event(b":")]
-    answer.flood(itertools.chain(first_events(steps, count), colon, itertools.cycle([Pause(TICK), Event(byte)])))
+    start, byte = (b"", b" ") if "ndjson" in answer.call.protocol.media else (b":", b"-")
+    inserted(answer, count, Event(start))
+    for_ever(answer, count + 1, Event(byte))
 
 
 @fault("empty-deltas:N", default=EVENTS)
@@ -1112,6 +1113,12 @@ class Connection:
         self.sock, self.deadline = sock, deadline
         self.received = b""
 
+    def encrypt(self, tls: ssl.SSLContext) -> None:
+        encrypted = tls.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
+        self.sock = encrypted
+        encrypted.settimeout(self.remaining())
+        encrypted.do_handshake()
+
     def send(self, data: bytes) -> None:
         """Send all of *data*, for as long as the client takes."""
         try:
@@ -1164,7 +1171,7 @@ class Connection:
         data, self.received = self.received[:size], self.received[size:]
         return data
 
-    def drop(self) -> None:
+    def drop(self) -> NoReturn:
         """Close with FIN (without the farewell of TLS)."""
         self.sock.close()
         raise Closed
@@ -1172,7 +1179,7 @@ class Connection:
     def reset(self) -> None:
         """Close with RST, once what was sent has had the time to arrive."""
         self.wait(TICK)
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER)
         self.drop()
 
     def stall(self) -> None:
@@ -1190,12 +1197,13 @@ class Connection:
                 pass
         self.drop()
 
-    def wake(self) -> None:
-        """End the connection from another thread, which finds it closed at its next move."""
-        try:
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
-        except OSError:
-            pass
+
+def wake(sock: socket.socket) -> None:
+    """End *sock* from another thread, so that the one that is blocked in it wakes up."""
+    try:
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not that of an SSLSocket, which forgets its encryption
+    except OSError:
+        pass
 
 
 def read_request(connection: Connection) -> Request:
@@ -1277,7 +1285,7 @@ class Listener:
             threads = list(self._threads)
             for connection in self._open:
                 connection.deadline = 0.0
-                connection.wake()
+                wake(connection.sock)
         for thread in threads:
             if thread is not threading.current_thread():
                 thread.join(5)
@@ -1304,8 +1312,7 @@ class Listener:
     def _run(self, connection: Connection) -> None:
         try:
             if self._tls:
-                connection.sock.settimeout(connection.remaining())
-                connection.sock = self._tls.wrap_socket(connection.sock, server_side=True)
+                connection.encrypt(self._tls)
             while self.handle(connection):
                 pass
             connection.close()
@@ -1326,3 +1333,134 @@ class Listener:
     def handle(self, connection: Connection) -> bool:
         """Read and answer one request; true if another one may follow."""
         raise NotImplementedError
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The server
+# ---------------------------------------------------------------------------------------------------------------------
+
+Script = Sequence[Union[str, Callable[[Connection, Request], None]]]
+
+
+class FlakyServer(Listener):
+    """A loopback server that tells *text* by *script*; a context manager.
+
+    :param text: what it tells.
+    :param script: the faults, one for each request, in order of arrival; see the top of this file.
+    :param port: 0 lets the operating system choose.
+    :param tls: an :class:`ssl.SSLContext` for https.
+    :param lifetime: seconds after which everything stops by itself.
+    :param loop: start the script again at its end.
+    :param log: a function that is given a line for each request.
+
+    Options of what is told:
+
+    - ``pieces``: how the text is cut in deltas: a number of characters, or a list of strings (which is the text then);
+    - ``reasoning``, ``tool_calls`` (pairs of a name and JSON arguments): more to tell;
+    - ``continuation``: what happens to a trailing assistant message, or to a prompt that ends with the beginning of the
+      text: ``exact`` tells the rest, ``repeat`` and ``ignore`` tell it all (a repeated prefix and a fresh start are the
+      same bytes here), ``refuse`` answers 400;
+    - ``extra``: a dict, or a function of the chunk's number that makes one, merged in each chunk of the OpenAI kind;
+    - ``eol``: the line end of event streams, by default that of the provider;
+    - ``reconnection_ms``: the ``retry:`` field of ``/events``.
+
+    Options of how:
+
+    - ``delay``: seconds before each delta;
+    - ``framing``: ``chunked``, ``length``, ``close`` (ends by closing), ``http10``, ``one-chunk`` (a single HTTP chunk,
+      announced at once and sent slowly), ``gzip`` or ``deflate``;
+    - ``coalesce``: how many events share a write, and an HTTP chunk.
+
+    :attr:`url` is where it listens, :attr:`requests` what it was asked, :attr:`connections` how many connections it has
+    accepted, :attr:`open_connections` how many are open now.
+    """
+
+    def __init__(self, text: str = STORY, script: Script = (), *, port: int = 0, tls: Optional[ssl.SSLContext] = None,
+                 lifetime: float = 60, loop: bool = False, log: Optional[Callable[[str], object]] = None,
+                 **options: Any) -> None:
+        super().__init__(port, tls, lifetime)
+        self.options = Options(text, **options)
+        self._log = log
+        self._names = [entry if isinstance(entry, str) else getattr(entry, "__name__", "function") for entry in script]
+        self._script = [parse_fault(entry) if isinstance(entry, str) else entry for entry in script]
+        self._scripted = [isinstance(entry, str) for entry in script]
+        self._loop = loop
+        self._memory: Dict[str, JSON] = {}
+
+    def handle(self, connection: Connection) -> bool:
+        request = read_request(connection)
+        self.record(request)
+        index = self._turn(request.number - 1)
+        if self._log:
+            fault_name = "ok" if index is None else self._names[index]
+            self._log("{:>4} {} {} -> {}".format(request.number, request.method, request.target, fault_name))
+        if index is not None and not self._scripted[index]:
+            self._script[index](connection, request)
+            return False
+        answer = reply(request, self.options, self._memory)
+        if index is not None:
+            self._script[index](answer)
+        return send_answer(connection, answer)
+
+    def _turn(self, number: int) -> Optional[int]:
+        """Return the place in the script of the request with this *number* (from 0), or None past its end."""
+        if self._loop and self._script:
+            return number % len(self._script)
+        return number if number < len(self._script) else None
+
+
+def reply(request: Request, options: Options, memory: Dict[str, JSON]) -> Answer:
+    """Return the good answer to *request*, or the refusal that it deserves."""
+    protocol = find_protocol(request)
+    call = Call(request, options, protocol, options.text, options.text, memory)
+    answer = Answer(call, [])
+    try:
+        call = answer.call = continued(call)
+        if protocol.wants_stream(request):
+            answer.steps = protocol.events(call)
+        else:
+            answer.json(200, protocol.whole(call))
+    except Refused as refusal:
+        answer.json(refusal.status, refusal.body)
+    return answer
+
+
+def find_protocol(request: Request) -> Protocol:
+    for protocol in PROTOCOLS:
+        if request.method in protocol.methods and re.search("(?:{})$".format(protocol.path), request.path):
+            return protocol
+    return Nothing()
+
+
+def continued(call: Call) -> Call:
+    """Return the call that tells what the request does not have yet."""
+    prefix = call.protocol.prefix(call.request.fields, call.whole)
+    reason = call.protocol.refuses(call, prefix)
+    if reason:
+        raise Refused(400, call.protocol.error(INVALID._replace(message=reason)))
+    if call.options.continuation != "exact" or not call.whole.startswith(prefix):
+        return call
+    return replace(call, text=call.whole[len(prefix):])
+
+
+def transcript(path: str, text: str = STORY, body: Optional[JSON] = None, method: str = "POST",
+               **options: Any) -> bytes:
+    """Return the whole body that the server would send to a first request for *path*.
+
+    :param body: the JSON of the request, by default one that asks for a stream.
+    """
+    content = {"stream": True} if body is None else body
+    request = Request(method, path, "HTTP/1.1", {}, dumps(content).encode("utf-8"))
+    request.number = 1
+    answer = reply(request, Options(text, **options), {})
+    return b"".join(step.data for step in answer.steps if isinstance(step, Event))
+
+
+class Nothing(Protocol):
+    """What is found at any other path."""
+
+    def wants_stream(self, request: Request) -> bool:
+        raise Refused(404, self.error(TROUBLES[404]))
+
+
+PROTOCOLS: List[Protocol] = [OpenAIChat(), OpenAICompletions()]
