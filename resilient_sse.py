@@ -4463,6 +4463,8 @@ class _Reporter:
 
     def wants(self, what: str) -> bool:
         """Whether any observer listens to this."""
+        if not self.observers:
+            return False
         base = getattr(Observer, "on_" + what)
         hooks = [getattr(observer, "on_" + what) for observer in self.observers]
         return any(getattr(hook, "__func__", hook) is not base for hook in hooks)
@@ -4727,6 +4729,9 @@ class _Loop(Generic[Item]):
     :param opener: makes the exchange for a request.
     """
 
+    #: Which hook is told of each item that is handed out.
+    _item_hook = "token"
+
     def __init__(
         self,
         opener: Opener,
@@ -4780,7 +4785,8 @@ class _Loop(Generic[Item]):
             return False
         position = iter(batch)
         self._show(batch, position)
-        self.items = self._told(position) if self.reporter.observers else position
+        watched = self.reporter.wants(self._item_hook)
+        self.items = self._told(position) if watched else position
         return True
 
     def check_closed(self) -> bool:
@@ -4865,7 +4871,7 @@ class _Loop(Generic[Item]):
         now = _now()
         self._deadlines.go_on(now)
         chunk: bytes = exchange.read(now)
-        if chunk and self.reporter.observers:
+        if chunk and self.reporter.wants("chunk"):
             self.reporter.tell("chunk", f"{len(chunk)} bytes", chunk)
         return chunk
 
@@ -5058,7 +5064,7 @@ class _Chat(_Loop["Piece"]):
             why = f"{event.event} of {len(event.data)} characters"
             tell("event", why, event)
 
-        hook = on_event if self.reporter.observers else None
+        hook = on_event if self.reporter.wants("event") else None
         return _Intake(self.prompt.dialect, self.answer, self.limits, hook)
 
     def _note_progress(self) -> None:
@@ -5632,6 +5638,8 @@ def complete_chat(
 
 class _Feed(_Loop[ServerSentEvent]):
     """The loop of one event stream over all its connections."""
+
+    _item_hook = "event"
 
     def __init__(
         self,

@@ -461,6 +461,189 @@ class OpenAICompletions(OpenAIChat):
         return {"id": call.id("cmpl-"), "object": "text_completion", "created": CREATED, "model": call.model,
                 "choices": [{"index": 0, "text": call.text, "finish_reason": "stop"}], "usage": self.usage(call)}
 
+
+class OpenAIResponses(Protocol):
+    """Responses; one that was created in the background can be read again from any sequence number."""
+
+    name = "openai-responses"
+    path = r"/responses|/responses/[^/]+(?:/cancel)?"
+    methods = ("POST", "GET")
+
+    def wants_stream(self, request: Request) -> bool:
+        return "true" in (request.query.get("stream"), dumps(request.fields.get("stream")))
+
+    def events(self, call: Call) -> Iterator[Event]:
+        if not call.request.path.endswith("/responses"):
+            return self.again(self.found(call), int(call.request.query.get("starting_after") or -1))
+        if call.request.fields.get("background"):
+            call.memory[call.id("resp_")] = {"call": call}
+        return (self.event(call, number, data, kind) for number, (kind, data) in enumerate(self.story(call)))
+
+    def found(self, call: Call) -> Call:
+        """Return the call that created the response that this one is about."""
+        id = re.sub("/cancel$", "", call.request.path).rpartition("/")[2]
+        if id not in call.memory:
+            message = "Response with id {!r} not found.".format(id)
+            raise Refused(404, self.error(TROUBLES[404]._replace(message=message)))
+        created: Call = call.memory[id]["call"]
+        return created
+
+    def again(self, call: Call, after: int) -> Iterator[Event]:
+        for number, (kind, data) in enumerate(self.story(call)):
+            if number > after:
+                yield self.event(call, number, data, kind)
+
+    def event(self, call: Call, number: int, data: JSON, kind: str) -> Event:
+        return Event(call.sse(dict(data, sequence_number=number), data["type"]), kind)
+
+    def story(self, call: Call) -> Iterator[Tuple[str, JSON]]:
+        """Yield the events without their numbers: kind and data."""
+        yield "start", {"type": "response.created", "response": self.response(call, "in_progress")}
+        yield "other", {"type": "response.in_progress", "response": self.response(call, "in_progress")}
+        output = self.output(call)
+        for index, item in enumerate(output):
+            yield "other", {"type": "response.output_item.added", "output_index": index, "item": self.bare(item)}
+            for kind, data in getattr(self, "tell_" + item["type"])(call, item):
+                yield kind, dict(data, item_id=item["id"], output_index=index)
+            yield "other", {"type": "response.output_item.done", "output_index": index, "item": item}
+        yield "last", {"type": "response.completed", "response": self.response(call, "completed", output)}
+
+    def bare(self, item: JSON) -> JSON:
+        """Return an item of the output as it is before its contents have come."""
+        return dict(item, status="in_progress", **{key: type(item[key])() for key in ("content", "summary", "arguments")
+                                                   if key in item})
+
+    def tell_reasoning(self, call: Call, item: JSON) -> Iterator[Tuple[str, JSON]]:
+        for piece in call.thoughts:
+            yield "delta", {"type": "response.reasoning_summary_text.delta", "summary_index": 0, "delta": piece}
+        text = call.options.reasoning
+        yield "other", {"type": "response.reasoning_summary_text.done", "summary_index": 0, "text": text}
+
+    def tell_message(self, call: Call, item: JSON) -> Iterator[Tuple[str, JSON]]:
+        part: JSON = {"type": "output_text", "text": "", "annotations": []}
+        yield "other", {"type": "response.content_part.added", "content_index": 0, "part": part}
+        for piece in call.pieces:
+            yield "delta", {"type": "response.output_text.delta", "content_index": 0, "delta": piece}
+        yield "other", {"type": "response.output_text.done", "content_index": 0, "text": call.text}
+        done = dict(part, text=call.text)
+        yield "other", {"type": "response.content_part.done", "content_index": 0, "part": done}
+
+    def tell_function_call(self, call: Call, item: JSON) -> Iterator[Tuple[str, JSON]]:
+        for piece in slices(item["arguments"], 8):
+            yield "delta", {"type": "response.function_call_arguments.delta", "delta": piece}
+        yield "other", {"type": "response.function_call_arguments.done", "arguments": item["arguments"]}
+
+    def output(self, call: Call) -> List[JSON]:
+        items: List[JSON] = []
+        if call.options.reasoning:
+            summary = [{"type": "summary_text", "text": call.options.reasoning}]
+            items.append({"type": "reasoning", "id": call.id("rs_"), "summary": summary})
+        content = [{"type": "output_text", "text": call.text, "annotations": []}]
+        items.append({"type": "message", "id": call.id("msg_"), "status": "completed", "role": "assistant",
+                      "content": content})
+        items += [{"type": "function_call", "id": "fc_{}".format(number), "status": "completed", "call_id": id,
+                   "name": name, "arguments": "".join(pieces)} for number, id, name, pieces in call.tools]
+        return items
+
+    def response(self, call: Call, status: str, output: Sequence[JSON] = ()) -> JSON:
+        tokens = call.output_tokens
+        usage = {"input_tokens": 7, "output_tokens": tokens, "total_tokens": 7 + tokens} if output else None
+        return {"id": call.id("resp_"), "object": "response", "created_at": CREATED, "status": status, "error": None,
+                "incomplete_details": None, "model": call.model, "output": list(output), "usage": usage}
+
+    def delta(self, call: Call, text: str) -> Event:
+        data = {"type": "response.output_text.delta", "item_id": call.id("msg_"), "output_index": 0,
+                "content_index": 0, "delta": text}
+        return self.event(call, next(call.counter), data, "delta")
+
+    def whole(self, call: Call) -> JSON:
+        path = call.request.path
+        creator = call if path.endswith("/responses") else self.found(call)
+        if path.endswith("/cancel"):
+            return self.response(creator, "cancelled")
+        if creator is call and call.request.fields.get("background"):
+            call.memory[call.id("resp_")] = {"call": call}
+        return self.response(creator, "completed", self.output(creator))
+
+    def error_event(self, call: Call, trouble: Trouble, name: str = "") -> Event:
+        error = {"type": "error", "code": trouble.openai, "message": trouble.message, "param": None}
+        return self.event(call, 1000, error, "other")
+
+
+class Anthropic(Protocol):
+    """Messages; a trailing assistant message is prefill, and is refused if it ends in white space."""
+
+    name = "anthropic"
+    path = "/messages"
+
+    def prefix(self, body: JSON, text: str) -> str:
+        return last_turn(body.get("messages"))
+
+    def refuses(self, call: Call, prefix: str) -> str:
+        if prefix and call.options.continuation == "refuse":
+            return "Prefilling assistant messages is not supported for this model."
+        if prefix != prefix.rstrip():
+            return "messages: final assistant content cannot end with trailing whitespace"
+        return ""
+
+    def events(self, call: Call) -> Iterator[Event]:
+        message = dict(self.message(call), content=[], stop_reason=None, usage={"input_tokens": 7, "output_tokens": 1})
+        yield self.event(call, {"type": "message_start", "message": message}, "start")
+        for index, (start, deltas) in enumerate(self.blocks(call)):
+            yield self.event(call, {"type": "content_block_start", "index": index, "content_block": start})
+            if not index:
+                yield self.event(call, {"type": "ping"})
+            for delta in deltas:
+                yield self.event(call, {"type": "content_block_delta", "index": index, "delta": delta}, "delta")
+            yield self.event(call, {"type": "content_block_stop", "index": index})
+        delta = {"stop_reason": self.stop_reason(call), "stop_sequence": None}
+        usage = {"output_tokens": call.output_tokens}
+        yield self.event(call, {"type": "message_delta", "delta": delta, "usage": usage}, "finish")
+        yield self.event(call, {"type": "message_stop"}, "end")
+
+    def event(self, call: Call, data: JSON, kind: str = "other") -> Event:
+        return Event(call.sse(data, data["type"]), kind)
+
+    def blocks(self, call: Call) -> Iterator[Tuple[JSON, Iterator[JSON]]]:
+        """Yield the content blocks: how each starts, and its deltas."""
+        if call.thoughts:
+            deltas: List[JSON] = [{"type": "thinking_delta", "thinking": piece} for piece in call.thoughts]
+            signature = {"type": "signature_delta", "signature": "c2lnbmVk"}
+            yield {"type": "thinking", "thinking": "", "signature": ""}, iter([*deltas, signature])
+        if call.pieces:
+            yield {"type": "text", "text": ""}, ({"type": "text_delta", "text": piece} for piece in call.pieces)
+        for _, id, name, pieces in call.tools:
+            start = {"type": "tool_use", "id": id, "name": name, "input": {}}
+            yield start, ({"type": "input_json_delta", "partial_json": piece} for piece in ["", *pieces])
+
+    def stop_reason(self, call: Call) -> str:
+        return "tool_use" if call.tools else "end_turn"
+
+    def message(self, call: Call) -> JSON:
+        return {"id": call.id("msg_"), "type": "message", "role": "assistant", "model": call.model, "content": [],
+                "stop_reason": self.stop_reason(call), "stop_sequence": None,
+                "usage": {"input_tokens": 7, "output_tokens": call.output_tokens}}
+
+    def whole(self, call: Call) -> JSON:
+        content: List[JSON] = [{"type": "text", "text": call.text}]
+        if call.options.reasoning:
+            content.insert(0, {"type": "thinking", "thinking": call.options.reasoning, "signature": "c2lnbmVk"})
+        content += [{"type": "tool_use", "id": id, "name": name, "input": json.loads("".join(pieces) or "{}")}
+                    for _, id, name, pieces in call.tools]
+        return dict(self.message(call), content=content)
+
+    def delta(self, call: Call, text: str) -> Event:
+        delta = {"type": "text_delta", "text": text}
+        index = 1 if call.options.reasoning else 0
+        return self.event(call, {"type": "content_block_delta", "index": index, "delta": delta}, "delta")
+
+    def error(self, trouble: Trouble) -> JSON:
+        error = {"type": trouble.anthropic, "message": trouble.message, "details": None}
+        return {"type": "error", "error": error, "request_id": "req_1"}
+
+    def error_event(self, call: Call, trouble: Trouble, name: str = "") -> Event:
+        return Event(call.sse(self.error(trouble), "error"))
+
 # @MORE PROTOCOLS@
 
 

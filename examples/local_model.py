@@ -123,6 +123,7 @@ def _parameters(engine: Any, port: int, path: str, threads: int) -> Any:
     parameters.ui = False
     parameters.verbosity = 1
     parameters.warmup = False
+    parameters.n_gpu_layers = 0
     parameters.n_parallel = 1
     parameters.n_ctx = 2048
     parameters.cache_ram_mib = 0
