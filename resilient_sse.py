@@ -2177,7 +2177,8 @@ class OpenAIResponses(Dialect):
         if isinstance(usage, dict):
             answer.count(usage.get("input_tokens"), usage.get("output_tokens"), usage)
         if response.get("error") or response.get("status") in ("failed", "cancelled"):
-            answer.fail(self.error(response))
+            status = f"the response is {response.get('status')}"
+            answer.fail(self.error({"message": status, **response}))
             return
         output = _dicts(response.get("output"), answer)
         self._read_output(output, answer)
@@ -4082,6 +4083,11 @@ class _Deadlines:
         """There was progress."""
         self._moved = now
 
+    def expect_end(self, now: float) -> None:
+        """All that matters is there; the rest must come soon."""
+        self._moved = now
+        self.has_finished = True
+
     def connect(self) -> tuple[float, str]:
         """The end of connecting, and its name."""
         limit = self._sent + _or_never(self._timeouts.connect)
@@ -4240,6 +4246,7 @@ class _Exchange:
 
     def _read_error_body(self) -> bytes:
         pieces: list[bytes] = []
+        self._deadlines.expect_end(_now())
         try:
             while sum(map(len, pieces)) < _BODY_KEPT:
                 piece = self.read(_now())
@@ -5074,7 +5081,7 @@ class _Chat(_Loop["Piece"]):
             deadlines.has_begun = True
             self.ledger.note_first_token()
         if answer.finished and self.prompt.dialect.finish_is_final:
-            deadlines.has_finished = True
+            deadlines.expect_end(_now())
         if answer.seam is not None and answer.seam.is_over:
             answer.seam = None
 

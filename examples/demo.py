@@ -18,9 +18,9 @@ from typing import Any
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
 
-from flaky_server import FlakyServer  # noqa: E402
+from flaky_server import FlakyServer
 
-import resilient_sse as rs  # noqa: E402
+import resilient_sse as rs
 
 STORY = (
     "A stream is a promise made one piece at a time. The first line of it came "
@@ -60,7 +60,9 @@ class Narrator(rs.Observer):
     def on_request(self, record: rs.StreamRecord) -> None:
         """A request is sent."""
         fault = FAULTS[min(record.attempt, len(FAULTS)) - 1][1]
-        self.say(f"request {record.attempt} ({record.data['action']}): the server {fault}")
+        self.say(
+            f"request {record.attempt} ({record.data['action']}): the server {fault}"
+        )
 
     def on_retry(self, record: rs.StreamRecord) -> None:
         """Another request is going to be made."""

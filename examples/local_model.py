@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-
 MODEL = "gemma-3-270m"
 HOST = "127.0.0.1"
 PACKAGES = [
@@ -201,11 +200,14 @@ class LocalModel:
         self.kill()
 
     def start(self) -> None:
-        """Start the child and return as soon as it can answer.
+        """Start the child, unless it runs; return as soon as it can answer.
 
         :raises RuntimeError: if a package is missing or the child ended at once.
         :raises TimeoutError: if it was not ready within ``start_within`` seconds.
         """
+        if self.pid is not None:
+            return
+        self.kill()  # tidies up what a crash has left
         missing = missing_packages()
         if missing:
             raise RuntimeError(f"not installed: {', '.join(missing)}; {INSTALL}")
@@ -226,7 +228,7 @@ class LocalModel:
             self._process = None
 
     def restart(self) -> None:
-        """Start the child again on the same port, after :meth:`kill` or a crash."""
+        """End the child, if it runs, and start it again on the same port."""
         self.kill()
         self.start()
 
