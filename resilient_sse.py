@@ -4143,6 +4143,13 @@ _TIMEOUT_ADVICE = {
 }
 
 
+_DROPS = {
+    "connect": "could not connect ({}): is the network up, and the base URL right?",
+    "request": "the connection dropped before the response began ({})",
+    "stream": "the connection dropped in the middle of the response ({})",
+}
+
+
 class _Exchange:
     """One request and its response.
 
@@ -4339,13 +4346,8 @@ class _Exchange:
             return self._timeout(self._kind_of_timeout(error, phase))
         if phase == "request" and not self._guard.is_ready:
             phase = "connect"
-        what = "could not connect" if phase == "connect" else "the connection dropped"
-        if phase == "request":
-            what = "the connection dropped before the response"
         return StreamConnectionError(
-            "{} ({}); {}".format(
-                what, _reason(error), "is the network up and the base URL right?"
-            ),
+            _DROPS[phase].format(_reason(error)),
             phase=phase,
             retryable=not _is_certificate_error(error),
         )
@@ -4415,6 +4417,8 @@ def _is_certificate_error(error: BaseException) -> bool:
 def _reason(error: BaseException) -> str:
     """The innermost error's name; texts of libraries may quote URLs and hosts."""
     *_, last = _chain(error)
+    if isinstance(error, _CutBody):
+        return str(error)
     known = [e for e in _chain(error) if isinstance(e, OSError) and e.errno]
     if known:
         return f"{type(known[0]).__name__}: {known[0].strerror}"
@@ -4424,10 +4428,9 @@ def _reason(error: BaseException) -> str:
 def _stripped(error: BaseException) -> BaseException:
     """The error as a cause: without request and response, which hold the key."""
     for inner in _chain(error):
-        for name in ("request", "response", "url", "pool"):
-            if getattr(inner, name, None) is not None:
-                with contextlib.suppress(AttributeError):  # a property of its class
-                    setattr(inner, name, None)
+        held = vars(inner)
+        for name in {"request", "response", "url", "pool", "_pool", "conn"} & set(held):
+            held[name] = None
         inner.args = tuple(
             a for a in inner.args if not isinstance(a, str) or "?" not in a
         )
@@ -4605,7 +4608,8 @@ class _Ledger:
 
     def note_seam(self, offset: int) -> None:
         """Another request takes over there."""
-        self.seams.append(offset)
+        if self.seams[-1:] != [offset]:
+            self.seams.append(offset)
         del self.seams[:-_HISTORY_KEPT]
 
     def note_first_token(self) -> None:

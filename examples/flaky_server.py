@@ -43,15 +43,23 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from http.client import responses as REASONS
 from pathlib import Path
-from typing import (
-    Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, TypeVar, Union,
-)
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-__all__ = ["STORY", "ConnectProxy", "Connection", "FlakyServer", "Request", "fault_table", "self_signed", "transcript"]
+__all__ = [
+    "STORY",
+    "ConnectProxy",
+    "Connection",
+    "FlakyServer",
+    "Request",
+    "fault_table",
+    "self_signed",
+    "transcript",
+]
 
 STORY = (
     "Once upon a time a stream ran down to the sea. “Will I arrive?” it asked the stones. "
@@ -60,23 +68,45 @@ STORY = (
     "and went on from there, and never said anything twice. 海に着いた。 The end."
 )
 CREATED = 1700000000  # every answer claims this time, so that answers can be compared byte by byte
-TICK = 0.02           # seconds between the bytes, comments or deltas of the faults that never end
+TICK = (
+    0.02  # seconds between the bytes, comments or deltas of the faults that never end
+)
 BYTES, EVENTS = 400, 3
 LINGER = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
-ENDLESS = 1 << 40     # the length announced for a body that does not end
+ENDLESS = 1 << 40  # the length announced for a body that does not end
 
-JSON = Dict[str, Any]
+if TYPE_CHECKING:
+    JSON = dict[str, Any]
+    Step = "Event | Raw | Pause | Stop"
+    Steps = Iterable["Step"]
+    Argument = Any  # what the converter of a fault made of the text after the colon
+    FaultFunction = Callable[["Answer", Argument], None]
+    Scripted = Callable[["Connection", "Request"], None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Records
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 class Request:
     """One request as it was received; ``query`` and ``headers`` are dicts, with the last value of a repeated name."""
 
-    def __init__(self, method: str, target: str, version: str, headers: Dict[str, str], body: bytes = b"") -> None:
-        self.method, self.target, self.version, self.headers, self.body = method, target, version, headers, body
+    def __init__(
+        self,
+        method: str,
+        target: str,
+        version: str,
+        headers: dict[str, str],
+        body: bytes = b"",
+    ) -> None:
+        self.method, self.target, self.version, self.headers, self.body = (
+            method,
+            target,
+            version,
+            headers,
+            body,
+        )
         parts = urlsplit(target)
         self.path = unquote(parts.path)
         self.query = dict(parse_qsl(parts.query, keep_blank_values=True))
@@ -99,10 +129,13 @@ class Request:
 
     @property
     def persistent(self) -> bool:
-        return self.version == "HTTP/1.1" and self.headers.get("connection", "").lower() != "close"
+        return (
+            self.version == "HTTP/1.1"
+            and self.headers.get("connection", "").lower() != "close"
+        )
 
     def __repr__(self) -> str:
-        return "<Request {} {} {}>".format(self.number, self.method, self.target)
+        return f"<Request {self.number} {self.method} {self.target}>"
 
 
 @dataclass(frozen=True)
@@ -110,20 +143,22 @@ class Options:
     """What the server says, and how; see :class:`FlakyServer`."""
 
     text: str = STORY
-    pieces: Union[int, Sequence[str]] = 4
+    pieces: int | Sequence[str] = 4
     delay: float = 0.0
     framing: str = "chunked"
     coalesce: int = 1
     reasoning: str = ""
-    tool_calls: Sequence[Tuple[str, str]] = ()
-    extra: Union[JSON, Callable[[int], JSON], None] = None
-    eol: Optional[str] = None
+    tool_calls: Sequence[tuple[str, str]] = ()
+    extra: JSON | Callable[[int], JSON] | None = None
+    eol: str | None = None
     continuation: str = "exact"
-    reconnection_ms: Optional[int] = None
+    reconnection_ms: int | None = None
 
     def __post_init__(self) -> None:
         one_of("framing", self.framing, FRAMINGS)
-        one_of("continuation", self.continuation, ("exact", "repeat", "ignore", "refuse"))
+        one_of(
+            "continuation", self.continuation, ("exact", "repeat", "ignore", "refuse")
+        )
         one_of("eol", self.eol, (None, "\n", "\r\n", "\r"))
         if not isinstance(self.pieces, int):
             object.__setattr__(self, "text", "".join(self.pieces))
@@ -132,7 +167,11 @@ class Options:
 def one_of(name: str, value: object, known: Iterable[object]) -> None:
     """Raise :exc:`ValueError` unless *value* is a *known* one."""
     if value not in known:
-        raise ValueError("unknown {} {!r}, known are: {}".format(name, value, ", ".join(map(repr, known))))
+        raise ValueError(
+            "unknown {} {!r}, known are: {}".format(
+                name, value, ", ".join(map(repr, known))
+            )
+        )
 
 
 class Event(NamedTuple):
@@ -173,10 +212,6 @@ class Stop(NamedTuple):
         getattr(sender.connection, self.how)()
 
 
-Step = Union[Event, Raw, Pause, Stop]
-Steps = Iterable[Step]
-
-
 class Closed(Exception):
     """The connection has ended, by whichever side; unwinds its thread."""
 
@@ -185,19 +220,22 @@ class Closed(Exception):
 # Text and encoding
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def dumps(value: object) -> str:
     """Return compact JSON, in plain UTF-8 where the text can be encoded so."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can carry
+    except (
+        UnicodeEncodeError
+    ):  # half of a surrogate pair, which only an escape can carry
         return json.dumps(value, separators=(",", ":"))
     return text
 
 
-def slices(text: str, size: int) -> List[str]:
+def slices(text: str, size: int) -> list[str]:
     """Cut *text* in strings of *size* characters."""
-    return [text[start:start + size] for start in range(0, len(text), size)]
+    return [text[start : start + size] for start in range(0, len(text), size)]
 
 
 def skip(pieces: Iterable[str], count: int) -> Iterator[str]:
@@ -217,19 +255,26 @@ def overlap(prompt: str, text: str) -> str:
 def plain(content: object) -> str:
     """Return the text of a message's content: a string, or a list of parts of which some have a text."""
     if isinstance(content, list):
-        return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+        return "".join(
+            str(part.get("text") or "") for part in content if isinstance(part, dict)
+        )
     return content if isinstance(content, str) else ""
 
 
 def last_turn(messages: object, role: str = "assistant", key: str = "content") -> str:
     """Return the text of the last message if it is the model's own: the prefix to continue."""
     last = messages[-1] if isinstance(messages, list) and messages else None
-    return plain(last.get(key)) if isinstance(last, dict) and last.get("role") == role else ""
+    return (
+        plain(last.get(key))
+        if isinstance(last, dict) and last.get("role") == role
+        else ""
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Protocols
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 class Trouble(NamedTuple):
     """An error as the protocols need it: an HTTP status, and the names that OpenAI, Anthropic and Google give it."""
@@ -241,14 +286,56 @@ class Trouble(NamedTuple):
     message: str
 
 
-OVERLOADED = Trouble(503, "server_error", "overloaded_error", "UNAVAILABLE", "The server is overloaded, try again.")
-INVALID = Trouble(400, "invalid_request_error", "invalid_request_error", "INVALID_ARGUMENT", "The request is invalid.")
-QUOTA = Trouble(429, "insufficient_quota", "rate_limit_error", "RESOURCE_EXHAUSTED", "You exceeded your quota.")
+OVERLOADED = Trouble(
+    503,
+    "server_error",
+    "overloaded_error",
+    "UNAVAILABLE",
+    "The server is overloaded, try again.",
+)
+INVALID = Trouble(
+    400,
+    "invalid_request_error",
+    "invalid_request_error",
+    "INVALID_ARGUMENT",
+    "The request is invalid.",
+)
+QUOTA = Trouble(
+    429,
+    "insufficient_quota",
+    "rate_limit_error",
+    "RESOURCE_EXHAUSTED",
+    "You exceeded your quota.",
+)
 TROUBLES = {
-    401: Trouble(401, "authentication_error", "authentication_error", "UNAUTHENTICATED", "The key is wrong."),
-    403: Trouble(403, "permission_error", "permission_error", "PERMISSION_DENIED", "Not with this key."),
-    404: Trouble(404, "not_found_error", "not_found_error", "NOT_FOUND", "There is no such thing."),
-    429: Trouble(429, "rate_limit_exceeded", "rate_limit_error", "RESOURCE_EXHAUSTED", "Too many requests."),
+    401: Trouble(
+        401,
+        "authentication_error",
+        "authentication_error",
+        "UNAUTHENTICATED",
+        "The key is wrong.",
+    ),
+    403: Trouble(
+        403,
+        "permission_error",
+        "permission_error",
+        "PERMISSION_DENIED",
+        "Not with this key.",
+    ),
+    404: Trouble(
+        404,
+        "not_found_error",
+        "not_found_error",
+        "NOT_FOUND",
+        "There is no such thing.",
+    ),
+    429: Trouble(
+        429,
+        "rate_limit_exceeded",
+        "rate_limit_error",
+        "RESOURCE_EXHAUSTED",
+        "Too many requests.",
+    ),
     529: OVERLOADED._replace(status=529),
 }
 
@@ -276,7 +363,7 @@ class Call:
     protocol: Protocol
     whole: str
     text: str
-    memory: Dict[str, JSON] = field(default_factory=dict)
+    memory: dict[str, Call] = field(default_factory=dict)
     counter: Iterator[int] = field(default_factory=itertools.count)
 
     @property
@@ -284,7 +371,7 @@ class Call:
         return str(self.request.fields.get("model") or "flaky-1")
 
     @property
-    def pieces(self) -> List[str]:
+    def pieces(self) -> list[str]:
         """The text in the pieces of its deltas."""
         size = self.options.pieces
         if isinstance(size, int):
@@ -294,23 +381,25 @@ class Call:
         return slices(self.text, 4)
 
     @property
-    def thoughts(self) -> List[str]:
+    def thoughts(self) -> list[str]:
         """The reasoning in the pieces of its deltas."""
         size = self.options.pieces
         return slices(self.options.reasoning, size if isinstance(size, int) else 4)
 
     @property
-    def tools(self) -> List[Tuple[int, str, str, List[str]]]:
+    def tools(self) -> list[tuple[int, str, str, list[str]]]:
         """The tool calls: number, ID, name, and the arguments in pieces."""
-        return [(number, "call_{}".format(number), name, slices(arguments, 8))
-                for number, (name, arguments) in enumerate(self.options.tool_calls)]
+        return [
+            (number, f"call_{number}", name, slices(arguments, 8))
+            for number, (name, arguments) in enumerate(self.options.tool_calls)
+        ]
 
     @property
     def output_tokens(self) -> int:
         return len(self.pieces) + len(self.thoughts)
 
     def id(self, prefix: str) -> str:
-        return "{}{}".format(prefix, self.request.number)
+        return f"{prefix}{self.request.number}"
 
     def sse(self, data: object, event: str = "", id: str = "") -> bytes:
         """Encode one server-sent event; *data* is text as it is, or an object for JSON."""
@@ -330,8 +419,8 @@ class Protocol:
     """One provider's streaming format: the good answer as events, and how it says that something went wrong."""
 
     name = ""
-    path = ""                    # a regular expression, matched at the end of the path
-    methods = ("POST",)
+    path = ""  # a regular expression, matched at the end of the path
+    methods: Sequence[str] = ("POST",)
     media = "text/event-stream"
     eol = "\n"
 
@@ -341,7 +430,11 @@ class Protocol:
 
     def refuses(self, call: Call, prefix: str) -> str:
         """Return why the provider would answer 400, if it would."""
-        return "This model does not continue messages." if prefix and call.options.continuation == "refuse" else ""
+        return (
+            "This model does not continue messages."
+            if prefix and call.options.continuation == "refuse"
+            else ""
+        )
 
     def wants_stream(self, request: Request) -> bool:
         return request.fields.get("stream") is True
@@ -360,7 +453,14 @@ class Protocol:
 
     def error(self, trouble: Trouble) -> JSON:
         """Return the body of an HTTP error."""
-        return {"error": {"message": trouble.message, "type": trouble.openai, "param": None, "code": trouble.openai}}
+        return {
+            "error": {
+                "message": trouble.message,
+                "type": trouble.openai,
+                "param": None,
+                "code": trouble.openai,
+            }
+        }
 
     def error_event(self, call: Call, trouble: Trouble, name: str = "") -> Event:
         """Return the error as an event in the stream."""
@@ -379,33 +479,66 @@ class OpenAIChat(Protocol):
     def events(self, call: Call) -> Iterator[Event]:
         indices = range(int(call.request.fields.get("n") or 1))
         for index in indices:
-            yield self.choice(call, {"role": "assistant", "content": ""}, index, kind="start")
+            yield self.choice(
+                call, {"role": "assistant", "content": ""}, index, kind="start"
+            )
         for thought in call.thoughts:
             yield self.choice(call, {"reasoning_content": thought})
         for piece in call.pieces:
             for index in indices:
-                yield self.choice(call, {"content": piece[::-1] if index else piece}, index)
+                yield self.choice(
+                    call, {"content": piece[::-1] if index else piece}, index
+                )
         yield from self.tools(call)
         for index in indices:
-            yield self.choice(call, {}, index, "tool_calls" if call.tools else "stop", "finish")
+            yield self.choice(
+                call, {}, index, "tool_calls" if call.tools else "stop", "finish"
+            )
         if self.counts(call):
             yield self.chunk(call, [], "usage", usage=self.usage(call))
         yield Event(call.sse("[DONE]"), "end")
 
     def tools(self, call: Call) -> Iterator[Event]:
         for number, id, name, pieces in call.tools:
-            start = {"index": number, "id": id, "type": "function", "function": {"name": name, "arguments": ""}}
+            start = {
+                "index": number,
+                "id": id,
+                "type": "function",
+                "function": {"name": name, "arguments": ""},
+            }
             yield self.choice(call, {"tool_calls": [start]})
             for piece in pieces:
-                yield self.choice(call, {"tool_calls": [{"index": number, "function": {"arguments": piece}}]})
+                yield self.choice(
+                    call,
+                    {
+                        "tool_calls": [
+                            {"index": number, "function": {"arguments": piece}}
+                        ]
+                    },
+                )
 
-    def choice(self, call: Call, delta: JSON, index: int = 0, finish: Optional[str] = None,
-               kind: str = "delta") -> Event:
-        return self.chunk(call, [{"index": index, "delta": delta, "finish_reason": finish}], kind)
+    def choice(
+        self,
+        call: Call,
+        delta: JSON,
+        index: int = 0,
+        finish: str | None = None,
+        kind: str = "delta",
+    ) -> Event:
+        return self.chunk(
+            call, [{"index": index, "delta": delta, "finish_reason": finish}], kind
+        )
 
-    def chunk(self, call: Call, choices: List[JSON], kind: str, **fields: object) -> Event:
-        chunk: JSON = {"id": call.id("chatcmpl-"), "object": "chat.completion.chunk", "created": CREATED,
-                       "model": call.model, "choices": choices}
+    def chunk(
+        self, call: Call, choices: list[JSON], kind: str, **fields: object
+    ) -> Event:
+        chunk: JSON = {
+            "id": call.id("chatcmpl-"),
+            "object": "chat.completion.chunk",
+            "created": CREATED,
+            "model": call.model,
+            "choices": choices,
+        }
         if self.counts(call):
             chunk["usage"] = None
         chunk.update(fields)
@@ -417,10 +550,16 @@ class OpenAIChat(Protocol):
         return extra(number) if callable(extra) else extra or {}
 
     def counts(self, call: Call) -> bool:
-        return bool((call.request.fields.get("stream_options") or {}).get("include_usage"))
+        return bool(
+            (call.request.fields.get("stream_options") or {}).get("include_usage")
+        )
 
     def usage(self, call: Call) -> JSON:
-        return {"prompt_tokens": 7, "completion_tokens": call.output_tokens, "total_tokens": 7 + call.output_tokens}
+        return {
+            "prompt_tokens": 7,
+            "completion_tokens": call.output_tokens,
+            "total_tokens": 7 + call.output_tokens,
+        }
 
     def delta(self, call: Call, text: str) -> Event:
         return self.choice(call, {"content": text})
@@ -430,11 +569,27 @@ class OpenAIChat(Protocol):
         if call.options.reasoning:
             message["reasoning_content"] = call.options.reasoning
         if call.tools:
-            message["tool_calls"] = [{"id": id, "type": "function", "function": {"name": name, "arguments": "".join(p)}}
-                                     for _, id, name, p in call.tools]
-        choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if call.tools else "stop"}
-        return {"id": call.id("chatcmpl-"), "object": "chat.completion", "created": CREATED, "model": call.model,
-                "choices": [choice], "usage": self.usage(call)}
+            message["tool_calls"] = [
+                {
+                    "id": id,
+                    "type": "function",
+                    "function": {"name": name, "arguments": "".join(p)},
+                }
+                for _, id, name, p in call.tools
+            ]
+        choice = {
+            "index": 0,
+            "message": message,
+            "finish_reason": "tool_calls" if call.tools else "stop",
+        }
+        return {
+            "id": call.id("chatcmpl-"),
+            "object": "chat.completion",
+            "created": CREATED,
+            "model": call.model,
+            "choices": [choice],
+            "usage": self.usage(call),
+        }
 
 
 class OpenAICompletions(OpenAIChat):
@@ -449,17 +604,30 @@ class OpenAICompletions(OpenAIChat):
     def events(self, call: Call) -> Iterator[Event]:
         for piece in call.pieces:
             yield self.delta(call, piece)
-        yield self.chunk(call, [{"index": 0, "text": "", "finish_reason": "stop"}], "finish")
+        yield self.chunk(
+            call, [{"index": 0, "text": "", "finish_reason": "stop"}], "finish"
+        )
         if self.counts(call):
             yield self.chunk(call, [], "usage", usage=self.usage(call))
         yield Event(call.sse("[DONE]"), "end")
 
     def delta(self, call: Call, text: str) -> Event:
-        return self.chunk(call, [{"index": 0, "text": text, "finish_reason": None}], "delta", object="text_completion")
+        return self.chunk(
+            call,
+            [{"index": 0, "text": text, "finish_reason": None}],
+            "delta",
+            object="text_completion",
+        )
 
     def whole(self, call: Call) -> JSON:
-        return {"id": call.id("cmpl-"), "object": "text_completion", "created": CREATED, "model": call.model,
-                "choices": [{"index": 0, "text": call.text, "finish_reason": "stop"}], "usage": self.usage(call)}
+        return {
+            "id": call.id("cmpl-"),
+            "object": "text_completion",
+            "created": CREATED,
+            "model": call.model,
+            "choices": [{"index": 0, "text": call.text, "finish_reason": "stop"}],
+            "usage": self.usage(call),
+        }
 
 
 class OpenAIResponses(Protocol):
@@ -470,23 +638,30 @@ class OpenAIResponses(Protocol):
     methods = ("POST", "GET")
 
     def wants_stream(self, request: Request) -> bool:
-        return "true" in (request.query.get("stream"), dumps(request.fields.get("stream")))
+        return "true" in (
+            request.query.get("stream"),
+            dumps(request.fields.get("stream")),
+        )
 
     def events(self, call: Call) -> Iterator[Event]:
         if not call.request.path.endswith("/responses"):
-            return self.again(self.found(call), int(call.request.query.get("starting_after") or -1))
+            return self.again(
+                self.found(call), int(call.request.query.get("starting_after") or -1)
+            )
         if call.request.fields.get("background"):
-            call.memory[call.id("resp_")] = {"call": call}
-        return (self.event(call, number, data, kind) for number, (kind, data) in enumerate(self.story(call)))
+            call.memory[call.id("resp_")] = call
+        return (
+            self.event(call, number, data, kind)
+            for number, (kind, data) in enumerate(self.story(call))
+        )
 
     def found(self, call: Call) -> Call:
         """Return the call that created the response that this one is about."""
         id = re.sub("/cancel$", "", call.request.path).rpartition("/")[2]
         if id not in call.memory:
-            message = "Response with id {!r} not found.".format(id)
+            message = f"Response with id {id!r} not found."
             raise Refused(404, self.error(TROUBLES[404]._replace(message=message)))
-        created: Call = call.memory[id]["call"]
-        return created
+        return call.memory[id]
 
     def again(self, call: Call, after: int) -> Iterator[Event]:
         for number, (kind, data) in enumerate(self.story(call)):
@@ -496,65 +671,183 @@ class OpenAIResponses(Protocol):
     def event(self, call: Call, number: int, data: JSON, kind: str) -> Event:
         return Event(call.sse(dict(data, sequence_number=number), data["type"]), kind)
 
-    def story(self, call: Call) -> Iterator[Tuple[str, JSON]]:
+    def story(self, call: Call) -> Iterator[tuple[str, JSON]]:
         """Yield the events without their numbers: kind and data."""
-        yield "start", {"type": "response.created", "response": self.response(call, "in_progress")}
-        yield "other", {"type": "response.in_progress", "response": self.response(call, "in_progress")}
+        yield (
+            "start",
+            {
+                "type": "response.created",
+                "response": self.response(call, "in_progress"),
+            },
+        )
+        yield (
+            "other",
+            {
+                "type": "response.in_progress",
+                "response": self.response(call, "in_progress"),
+            },
+        )
         output = self.output(call)
         for index, item in enumerate(output):
-            yield "other", {"type": "response.output_item.added", "output_index": index, "item": self.bare(item)}
+            yield (
+                "other",
+                {
+                    "type": "response.output_item.added",
+                    "output_index": index,
+                    "item": self.bare(item),
+                },
+            )
             for kind, data in getattr(self, "tell_" + item["type"])(call, item):
                 yield kind, dict(data, item_id=item["id"], output_index=index)
-            yield "other", {"type": "response.output_item.done", "output_index": index, "item": item}
-        yield "last", {"type": "response.completed", "response": self.response(call, "completed", output)}
+            yield (
+                "other",
+                {
+                    "type": "response.output_item.done",
+                    "output_index": index,
+                    "item": item,
+                },
+            )
+        yield (
+            "last",
+            {
+                "type": "response.completed",
+                "response": self.response(call, "completed", output),
+            },
+        )
 
     def bare(self, item: JSON) -> JSON:
         """Return an item of the output as it is before its contents have come."""
-        return dict(item, status="in_progress", **{key: type(item[key])() for key in ("content", "summary", "arguments")
-                                                   if key in item})
+        return dict(
+            item,
+            status="in_progress",
+            **{
+                key: type(item[key])()
+                for key in ("content", "summary", "arguments")
+                if key in item
+            },
+        )
 
-    def tell_reasoning(self, call: Call, item: JSON) -> Iterator[Tuple[str, JSON]]:
+    def tell_reasoning(self, call: Call, item: JSON) -> Iterator[tuple[str, JSON]]:
         for piece in call.thoughts:
-            yield "delta", {"type": "response.reasoning_summary_text.delta", "summary_index": 0, "delta": piece}
+            yield (
+                "delta",
+                {
+                    "type": "response.reasoning_summary_text.delta",
+                    "summary_index": 0,
+                    "delta": piece,
+                },
+            )
         text = call.options.reasoning
-        yield "other", {"type": "response.reasoning_summary_text.done", "summary_index": 0, "text": text}
+        yield (
+            "other",
+            {
+                "type": "response.reasoning_summary_text.done",
+                "summary_index": 0,
+                "text": text,
+            },
+        )
 
-    def tell_message(self, call: Call, item: JSON) -> Iterator[Tuple[str, JSON]]:
+    def tell_message(self, call: Call, item: JSON) -> Iterator[tuple[str, JSON]]:
         part: JSON = {"type": "output_text", "text": "", "annotations": []}
-        yield "other", {"type": "response.content_part.added", "content_index": 0, "part": part}
+        yield (
+            "other",
+            {"type": "response.content_part.added", "content_index": 0, "part": part},
+        )
         for piece in call.pieces:
-            yield "delta", {"type": "response.output_text.delta", "content_index": 0, "delta": piece}
-        yield "other", {"type": "response.output_text.done", "content_index": 0, "text": call.text}
+            yield (
+                "delta",
+                {
+                    "type": "response.output_text.delta",
+                    "content_index": 0,
+                    "delta": piece,
+                },
+            )
+        yield (
+            "other",
+            {
+                "type": "response.output_text.done",
+                "content_index": 0,
+                "text": call.text,
+            },
+        )
         done = dict(part, text=call.text)
-        yield "other", {"type": "response.content_part.done", "content_index": 0, "part": done}
+        yield (
+            "other",
+            {"type": "response.content_part.done", "content_index": 0, "part": done},
+        )
 
-    def tell_function_call(self, call: Call, item: JSON) -> Iterator[Tuple[str, JSON]]:
+    def tell_function_call(self, call: Call, item: JSON) -> Iterator[tuple[str, JSON]]:
         for piece in slices(item["arguments"], 8):
-            yield "delta", {"type": "response.function_call_arguments.delta", "delta": piece}
-        yield "other", {"type": "response.function_call_arguments.done", "arguments": item["arguments"]}
+            yield (
+                "delta",
+                {"type": "response.function_call_arguments.delta", "delta": piece},
+            )
+        yield (
+            "other",
+            {
+                "type": "response.function_call_arguments.done",
+                "arguments": item["arguments"],
+            },
+        )
 
-    def output(self, call: Call) -> List[JSON]:
-        items: List[JSON] = []
+    def output(self, call: Call) -> list[JSON]:
+        items: list[JSON] = []
         if call.options.reasoning:
             summary = [{"type": "summary_text", "text": call.options.reasoning}]
-            items.append({"type": "reasoning", "id": call.id("rs_"), "summary": summary})
+            items.append(
+                {"type": "reasoning", "id": call.id("rs_"), "summary": summary}
+            )
         content = [{"type": "output_text", "text": call.text, "annotations": []}]
-        items.append({"type": "message", "id": call.id("msg_"), "status": "completed", "role": "assistant",
-                      "content": content})
-        items += [{"type": "function_call", "id": "fc_{}".format(number), "status": "completed", "call_id": id,
-                   "name": name, "arguments": "".join(pieces)} for number, id, name, pieces in call.tools]
+        items.append(
+            {
+                "type": "message",
+                "id": call.id("msg_"),
+                "status": "completed",
+                "role": "assistant",
+                "content": content,
+            }
+        )
+        items += [
+            {
+                "type": "function_call",
+                "id": f"fc_{number}",
+                "status": "completed",
+                "call_id": id,
+                "name": name,
+                "arguments": "".join(pieces),
+            }
+            for number, id, name, pieces in call.tools
+        ]
         return items
 
     def response(self, call: Call, status: str, output: Sequence[JSON] = ()) -> JSON:
         tokens = call.output_tokens
-        usage = {"input_tokens": 7, "output_tokens": tokens, "total_tokens": 7 + tokens} if output else None
-        return {"id": call.id("resp_"), "object": "response", "created_at": CREATED, "status": status, "error": None,
-                "incomplete_details": None, "model": call.model, "output": list(output), "usage": usage}
+        usage = (
+            {"input_tokens": 7, "output_tokens": tokens, "total_tokens": 7 + tokens}
+            if output
+            else None
+        )
+        return {
+            "id": call.id("resp_"),
+            "object": "response",
+            "created_at": CREATED,
+            "status": status,
+            "error": None,
+            "incomplete_details": None,
+            "model": call.model,
+            "output": list(output),
+            "usage": usage,
+        }
 
     def delta(self, call: Call, text: str) -> Event:
-        data = {"type": "response.output_text.delta", "item_id": call.id("msg_"), "output_index": 0,
-                "content_index": 0, "delta": text}
-        return self.event(call, next(call.counter), data, "delta")
+        data: JSON = {
+            "type": "response.output_text.delta",
+            "item_id": call.id("msg_"),
+            "output_index": 0,
+            "content_index": 0,
+            "delta": text,
+        }
+        return Event(call.sse(data, data["type"]), "delta")
 
     def whole(self, call: Call) -> JSON:
         path = call.request.path
@@ -562,12 +855,17 @@ class OpenAIResponses(Protocol):
         if path.endswith("/cancel"):
             return self.response(creator, "cancelled")
         if creator is call and call.request.fields.get("background"):
-            call.memory[call.id("resp_")] = {"call": call}
+            call.memory[call.id("resp_")] = call
         return self.response(creator, "completed", self.output(creator))
 
     def error_event(self, call: Call, trouble: Trouble, name: str = "") -> Event:
-        error = {"type": "error", "code": trouble.openai, "message": trouble.message, "param": None}
-        return self.event(call, 1000, error, "other")
+        error = {
+            "type": "error",
+            "code": trouble.openai,
+            "message": trouble.message,
+            "param": None,
+        }
+        return Event(call.sse(error, "error"))
 
 
 class Anthropic(Protocol):
@@ -583,59 +881,114 @@ class Anthropic(Protocol):
         if prefix and call.options.continuation == "refuse":
             return "Prefilling assistant messages is not supported for this model."
         if prefix != prefix.rstrip():
-            return "messages: final assistant content cannot end with trailing whitespace"
+            return (
+                "messages: final assistant content cannot end with trailing whitespace"
+            )
         return ""
 
     def events(self, call: Call) -> Iterator[Event]:
-        message = dict(self.message(call), content=[], stop_reason=None, usage={"input_tokens": 7, "output_tokens": 1})
+        message = dict(
+            self.message(call),
+            content=[],
+            stop_reason=None,
+            usage={"input_tokens": 7, "output_tokens": 1},
+        )
         yield self.event(call, {"type": "message_start", "message": message}, "start")
         for index, (start, deltas) in enumerate(self.blocks(call)):
-            yield self.event(call, {"type": "content_block_start", "index": index, "content_block": start})
+            yield self.event(
+                call,
+                {"type": "content_block_start", "index": index, "content_block": start},
+            )
             if not index:
                 yield self.event(call, {"type": "ping"})
             for delta in deltas:
-                yield self.event(call, {"type": "content_block_delta", "index": index, "delta": delta}, "delta")
+                yield self.event(
+                    call,
+                    {"type": "content_block_delta", "index": index, "delta": delta},
+                    "delta",
+                )
             yield self.event(call, {"type": "content_block_stop", "index": index})
         delta = {"stop_reason": self.stop_reason(call), "stop_sequence": None}
         usage = {"output_tokens": call.output_tokens}
-        yield self.event(call, {"type": "message_delta", "delta": delta, "usage": usage}, "finish")
+        yield self.event(
+            call, {"type": "message_delta", "delta": delta, "usage": usage}, "finish"
+        )
         yield self.event(call, {"type": "message_stop"}, "end")
 
     def event(self, call: Call, data: JSON, kind: str = "other") -> Event:
         return Event(call.sse(data, data["type"]), kind)
 
-    def blocks(self, call: Call) -> Iterator[Tuple[JSON, Iterator[JSON]]]:
+    def blocks(self, call: Call) -> Iterator[tuple[JSON, Iterator[JSON]]]:
         """Yield the content blocks: how each starts, and its deltas."""
         if call.thoughts:
-            deltas: List[JSON] = [{"type": "thinking_delta", "thinking": piece} for piece in call.thoughts]
+            deltas: list[JSON] = [
+                {"type": "thinking_delta", "thinking": piece} for piece in call.thoughts
+            ]
             signature = {"type": "signature_delta", "signature": "c2lnbmVk"}
-            yield {"type": "thinking", "thinking": "", "signature": ""}, iter([*deltas, signature])
+            yield (
+                {"type": "thinking", "thinking": "", "signature": ""},
+                iter([*deltas, signature]),
+            )
         if call.pieces:
-            yield {"type": "text", "text": ""}, ({"type": "text_delta", "text": piece} for piece in call.pieces)
+            yield (
+                {"type": "text", "text": ""},
+                ({"type": "text_delta", "text": piece} for piece in call.pieces),
+            )
         for _, id, name, pieces in call.tools:
             start = {"type": "tool_use", "id": id, "name": name, "input": {}}
-            yield start, ({"type": "input_json_delta", "partial_json": piece} for piece in ["", *pieces])
+            yield (
+                start,
+                (
+                    {"type": "input_json_delta", "partial_json": piece}
+                    for piece in ["", *pieces]
+                ),
+            )
 
     def stop_reason(self, call: Call) -> str:
         return "tool_use" if call.tools else "end_turn"
 
     def message(self, call: Call) -> JSON:
-        return {"id": call.id("msg_"), "type": "message", "role": "assistant", "model": call.model, "content": [],
-                "stop_reason": self.stop_reason(call), "stop_sequence": None,
-                "usage": {"input_tokens": 7, "output_tokens": call.output_tokens}}
+        return {
+            "id": call.id("msg_"),
+            "type": "message",
+            "role": "assistant",
+            "model": call.model,
+            "content": [],
+            "stop_reason": self.stop_reason(call),
+            "stop_sequence": None,
+            "usage": {"input_tokens": 7, "output_tokens": call.output_tokens},
+        }
 
     def whole(self, call: Call) -> JSON:
-        content: List[JSON] = [{"type": "text", "text": call.text}]
+        content: list[JSON] = [{"type": "text", "text": call.text}]
         if call.options.reasoning:
-            content.insert(0, {"type": "thinking", "thinking": call.options.reasoning, "signature": "c2lnbmVk"})
-        content += [{"type": "tool_use", "id": id, "name": name, "input": json.loads("".join(pieces) or "{}")}
-                    for _, id, name, pieces in call.tools]
+            content.insert(
+                0,
+                {
+                    "type": "thinking",
+                    "thinking": call.options.reasoning,
+                    "signature": "c2lnbmVk",
+                },
+            )
+        content += [
+            {
+                "type": "tool_use",
+                "id": id,
+                "name": name,
+                "input": json.loads("".join(pieces) or "{}"),
+            }
+            for _, id, name, pieces in call.tools
+        ]
         return dict(self.message(call), content=content)
 
     def delta(self, call: Call, text: str) -> Event:
         delta = {"type": "text_delta", "text": text}
         index = 1 if call.options.reasoning else 0
-        return self.event(call, {"type": "content_block_delta", "index": index, "delta": delta}, "delta")
+        return self.event(
+            call,
+            {"type": "content_block_delta", "index": index, "delta": delta},
+            "delta",
+        )
 
     def error(self, trouble: Trouble) -> JSON:
         error = {"type": trouble.anthropic, "message": trouble.message, "details": None}
@@ -644,26 +997,447 @@ class Anthropic(Protocol):
     def error_event(self, call: Call, trouble: Trouble, name: str = "") -> Event:
         return Event(call.sse(self.error(trouble), "error"))
 
-# @MORE PROTOCOLS@
+
+class Ollama(Protocol):
+    """Ollama's chat: NDJSON, streamed unless told otherwise; a trailing assistant message is continued."""
+
+    name = "ollama"
+    path = "/api/chat"
+    media = "application/x-ndjson"
+
+    def prefix(self, body: JSON, text: str) -> str:
+        return last_turn(body.get("messages"))
+
+    def wants_stream(self, request: Request) -> bool:
+        return request.fields.get("stream") is not False
+
+    def events(self, call: Call) -> Iterator[Event]:
+        for piece in call.thoughts:
+            yield self.line(call, self.says("", piece), "delta")
+        for piece in call.pieces:
+            yield self.delta(call, piece)
+        if call.tools:
+            yield self.line(call, self.calls(call), "delta")
+        yield self.line(call, dict(self.says(""), **self.end(call)), "last")
+
+    def says(self, text: str, thought: str = "") -> JSON:
+        thinking = {"thinking": thought} if thought else {}
+        return {"message": dict({"role": "assistant", "content": text}, **thinking)}
+
+    def calls(self, call: Call) -> JSON:
+        calls = [
+            {
+                "function": {
+                    "name": name,
+                    "arguments": json.loads("".join(pieces) or "{}"),
+                }
+            }
+            for _, _, name, pieces in call.tools
+        ]
+        return {"message": {"role": "assistant", "content": "", "tool_calls": calls}}
+
+    def end(self, call: Call) -> JSON:
+        return {
+            "done": True,
+            "done_reason": "stop",
+            "prompt_eval_count": 7,
+            "eval_count": call.output_tokens,
+        }
+
+    def line(self, call: Call, data: JSON, kind: str) -> Event:
+        first = {"model": call.model, "created_at": "2023-11-14T22:13:20Z"}
+        eol = call.options.eol or self.eol
+        return Event(
+            (dumps({**first, "done": False, **data}) + eol).encode("utf-8"), kind
+        )
+
+    def delta(self, call: Call, text: str) -> Event:
+        return self.line(call, self.says(text), "delta")
+
+    def whole(self, call: Call) -> JSON:
+        parts: JSON = {"model": call.model, "created_at": "2023-11-14T22:13:20Z"}
+        parts.update(self.says(call.text, call.options.reasoning))
+        if call.tools and "message" in parts:
+            parts["message"]["tool_calls"] = self.calls(call)["message"]["tool_calls"]
+        return dict(parts, **self.end(call))
+
+    def error(self, trouble: Trouble) -> JSON:
+        return {"error": trouble.message}
+
+    def error_event(self, call: Call, trouble: Trouble, name: str = "") -> Event:
+        return Event(
+            (dumps(self.error(trouble)) + (call.options.eol or self.eol)).encode(
+                "utf-8"
+            )
+        )
+
+
+class OllamaGenerate(Ollama):
+    """Ollama's generate: a prompt that ends with the beginning of the text is continued."""
+
+    name = "ollama-generate"
+    path = "/api/generate"
+
+    def prefix(self, body: JSON, text: str) -> str:
+        return overlap(str(body.get("prompt") or ""), text)
+
+    def says(self, text: str, thought: str = "") -> JSON:
+        return (
+            {"response": text, "thinking": thought} if thought else {"response": text}
+        )
+
+    def calls(self, call: Call) -> JSON:
+        return {"response": ""}
+
+
+class Gemini(Protocol):
+    """Gemini: events with CRLF for ``alt=sse``, else one JSON array; the finish reason is the only end marker."""
+
+    name = "gemini"
+    path = "/models/[^/]+:(?:stream)?[gG]enerateContent"
+    eol = "\r\n"
+
+    def prefix(self, body: JSON, text: str) -> str:
+        return last_turn(body.get("contents"), "model", "parts")
+
+    def wants_stream(self, request: Request) -> bool:
+        return request.path.endswith(":streamGenerateContent")
+
+    def events(self, call: Call) -> Iterator[Event]:
+        yield from (
+            self.chunk(call, [{"text": piece, "thought": True}])
+            for piece in call.thoughts
+        )
+        yield from (self.chunk(call, [{"text": piece}]) for piece in call.pieces)
+        if call.tools:
+            yield self.chunk(call, self.calls(call))
+        yield self.chunk(call, [{"text": ""}], "STOP", "finish")
+        if not self.is_sse(call):
+            yield Event(b"]", "end")
+
+    def is_sse(self, call: Call) -> bool:
+        return call.request.query.get("alt") == "sse"
+
+    def calls(self, call: Call) -> list[JSON]:
+        return [
+            {
+                "functionCall": {
+                    "name": name,
+                    "args": json.loads("".join(pieces) or "{}"),
+                }
+            }
+            for _, _, name, pieces in call.tools
+        ]
+
+    def chunk(
+        self, call: Call, parts: list[JSON], finish: str = "", kind: str = "delta"
+    ) -> Event:
+        data = self.answer(call, parts, finish)
+        if self.is_sse(call):
+            return Event(call.sse(data), kind)
+        opening = ",\r\n" if next(call.counter) else "["
+        return Event(
+            (opening + json.dumps(data, indent=2)).encode("utf-8") + b"\n", kind
+        )
+
+    def answer(self, call: Call, parts: list[JSON], finish: str) -> JSON:
+        candidate: JSON = {"content": {"parts": parts, "role": "model"}, "index": 0}
+        if finish:
+            candidate["finishReason"] = finish
+        usage = {
+            "promptTokenCount": 7,
+            "candidatesTokenCount": len(call.pieces),
+            "totalTokenCount": 7 + call.output_tokens,
+        }
+        return {
+            "candidates": [candidate],
+            "usageMetadata": usage,
+            "modelVersion": "flaky-1",
+            "responseId": call.id("answer-"),
+        }
+
+    def delta(self, call: Call, text: str) -> Event:
+        return self.chunk(call, [{"text": text}])
+
+    def whole(self, call: Call) -> JSON:
+        thoughts = (
+            [{"text": call.options.reasoning, "thought": True}]
+            if call.options.reasoning
+            else []
+        )
+        return self.answer(
+            call, [*thoughts, {"text": call.text}, *self.calls(call)], "STOP"
+        )
+
+    def error(self, trouble: Trouble) -> JSON:
+        return {
+            "error": {
+                "code": trouble.status,
+                "message": trouble.message,
+                "status": trouble.google,
+            }
+        }
+
+
+class Cohere(Protocol):
+    """Cohere's chat, version 2; a trailing assistant message is continued, which the real one does not promise."""
+
+    name = "cohere"
+    path = "/v2/chat"
+
+    def prefix(self, body: JSON, text: str) -> str:
+        return last_turn(body.get("messages"))
+
+    def events(self, call: Call) -> Iterator[Event]:
+        start = {
+            "message": {
+                "role": "assistant",
+                "content": [],
+                "tool_calls": [],
+                "citations": [],
+            }
+        }
+        yield self.event(
+            call, "message-start", {"id": call.id("answer-"), "delta": start}, "start"
+        )
+        yield from self.content(call, 0, "thinking", call.thoughts)
+        yield from self.content(call, 1 if call.thoughts else 0, "text", call.pieces)
+        for number, id, name, pieces in call.tools:
+            yield from self.tool(call, number, id, name, pieces)
+        reason = "TOOL_CALL" if call.tools else "COMPLETE"
+        yield self.event(
+            call,
+            "message-end",
+            {"delta": {"finish_reason": reason, "usage": self.usage(call)}},
+            "finish",
+        )
+        yield Event(call.sse("[DONE]"), "end")
+
+    def content(
+        self, call: Call, index: int, key: str, pieces: Sequence[str]
+    ) -> Iterator[Event]:
+        """Yield one block of content: thinking or text."""
+        if pieces:
+            start = {"message": {"content": {"type": key, key: ""}}}
+            yield self.event(call, "content-start", {"index": index, "delta": start})
+            for piece in pieces:
+                delta = {"message": {"content": {key: piece}}}
+                yield self.event(
+                    call, "content-delta", {"index": index, "delta": delta}, "delta"
+                )
+            yield self.event(call, "content-end", {"index": index})
+
+    def tool(
+        self, call: Call, index: int, id: str, name: str, pieces: Sequence[str]
+    ) -> Iterator[Event]:
+        start = {
+            "id": id,
+            "type": "function",
+            "function": {"name": name, "arguments": ""},
+        }
+        yield self.event(
+            call,
+            "tool-call-start",
+            {"index": index, "delta": {"message": {"tool_calls": start}}},
+        )
+        for piece in pieces:
+            delta = {"message": {"tool_calls": {"function": {"arguments": piece}}}}
+            yield self.event(
+                call, "tool-call-delta", {"index": index, "delta": delta}, "delta"
+            )
+        yield self.event(call, "tool-call-end", {"index": index})
+
+    def event(self, call: Call, type: str, data: JSON, kind: str = "other") -> Event:
+        return Event(call.sse({"type": type, **data}, type), kind)
+
+    def usage(self, call: Call) -> JSON:
+        return {
+            "billed_units": {"input_tokens": 3, "output_tokens": call.output_tokens},
+            "tokens": {"input_tokens": 7, "output_tokens": call.output_tokens},
+        }
+
+    def delta(self, call: Call, text: str) -> Event:
+        data = {"index": 0, "delta": {"message": {"content": {"text": text}}}}
+        return self.event(call, "content-delta", data, "delta")
+
+    def whole(self, call: Call) -> JSON:
+        message: JSON = {
+            "role": "assistant",
+            "content": [{"type": "text", "text": call.text}],
+        }
+        if call.tools:
+            message["tool_calls"] = [
+                {
+                    "id": id,
+                    "type": "function",
+                    "function": {"name": name, "arguments": "".join(p)},
+                }
+                for _, id, name, p in call.tools
+            ]
+        return {
+            "id": call.id("answer-"),
+            "finish_reason": "TOOL_CALL" if call.tools else "COMPLETE",
+            "message": message,
+            "usage": self.usage(call),
+        }
+
+    def error(self, trouble: Trouble) -> JSON:
+        return {"id": "error-1", "message": trouble.message}
+
+    def error_event(self, call: Call, trouble: Trouble, name: str = "") -> Event:
+        delta = {
+            "finish_reason": "ERROR",
+            "error": trouble.message,
+            "error_type": trouble.openai,
+            "usage": {},
+        }
+        error = self.event(call, "message-end", {"delta": delta})
+        return Event(error.data + call.sse("[DONE]"))
+
+
+class TextGeneration(Protocol):
+    """TGI: the input is continued where it ends with the beginning of the text; no space after ``data:``."""
+
+    name = "tgi"
+    path = "/generate_stream|/generate"
+
+    def prefix(self, body: JSON, text: str) -> str:
+        return overlap(str(body.get("inputs") or ""), text)
+
+    def wants_stream(self, request: Request) -> bool:
+        return request.path.endswith("_stream")
+
+    def events(self, call: Call) -> Iterator[Event]:
+        for piece in call.pieces:
+            yield self.delta(call, piece)
+        yield self.token(
+            call,
+            "</s>",
+            "last",
+            special=True,
+            generated_text=call.text,
+            details=self.details(call),
+        )
+
+    def token(
+        self, call: Call, text: str, kind: str, special: bool = False, **more: object
+    ) -> Event:
+        number = next(call.counter)
+        token = {"id": number, "text": text, "logprob": -0.5, "special": special}
+        data = {
+            "index": number + 1,
+            "token": token,
+            "generated_text": None,
+            "details": None,
+            **more,
+        }
+        return Event(call.sse(data).replace(b"data: ", b"data:", 1), kind)
+
+    def details(self, call: Call) -> JSON | None:
+        if not (call.request.fields.get("parameters") or {}).get("details"):
+            return None
+        return {
+            "finish_reason": "eos_token",
+            "generated_tokens": call.output_tokens,
+            "input_length": 7,
+            "seed": None,
+        }
+
+    def delta(self, call: Call, text: str) -> Event:
+        return self.token(call, text, "delta")
+
+    def whole(self, call: Call) -> JSON:
+        return {"generated_text": call.text, "details": self.details(call)}
+
+    def error(self, trouble: Trouble) -> JSON:
+        kind = "overloaded" if trouble.status >= 429 else "validation"
+        return {"error": trouble.message, "error_type": kind}
+
+
+class PlainEvents(Protocol):
+    """Server-sent events whose data are the pieces of the text, numbered from 1, to be resumed by Last-Event-ID.
+
+    A client that comes again after the last one gets 204, which means: come no more.
+    """
+
+    name = "events"
+    path = "/events"
+    methods = ("GET", "POST")
+
+    def wants_stream(self, request: Request) -> bool:
+        return True
+
+    def events(self, call: Call) -> Iterator[Event]:
+        last = call.request.headers.get("last-event-id", "")
+        seen = int(last) if last.isdigit() else 0
+        if seen and seen >= len(call.pieces):
+            raise Refused(204, None)
+        return self.after(call, seen)
+
+    def after(self, call: Call, seen: int) -> Iterator[Event]:
+        eol = call.options.eol or self.eol
+        if call.options.reconnection_ms is not None:
+            yield Event(
+                f"retry: {call.options.reconnection_ms}{eol}{eol}".encode(), "start"
+            )
+        for number, piece in enumerate(call.pieces[seen:], seen + 1):
+            yield Event(call.sse(piece, id=str(number)), "delta")
+
+    def whole(self, call: Call) -> JSON:
+        return {"text": call.text}
+
+    def delta(self, call: Call, text: str) -> Event:
+        return Event(call.sse(text), "delta")
+
+
+class Nothing(Protocol):
+    """What is found at any other path."""
+
+    def wants_stream(self, request: Request) -> bool:
+        raise Refused(404, self.error(TROUBLES[404]))
+
+
+PROTOCOLS: Sequence[Protocol] = (
+    OpenAIChat(),
+    OpenAICompletions(),
+    OpenAIResponses(),
+    Anthropic(),
+    Ollama(),
+    OllamaGenerate(),
+    Gemini(),
+    Cohere(),
+    TextGeneration(),
+    PlainEvents(),
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Faults
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 class Answer:
     """What goes over the wire in reply to one call: a head, and the steps that make the body. Faults rewrite it."""
 
-    def __init__(self, call: Call, steps: Steps, status: int = 200, media: str = "") -> None:
+    def __init__(
+        self, call: Call, steps: Steps, status: int = 200, media: str = ""
+    ) -> None:
         self.call, self.steps, self.status = call, steps, status
-        self.headers = {"Content-Type": media or call.protocol.media, "Cache-Control": "no-cache"}
+        self.headers = {
+            "Content-Type": media or call.protocol.media,
+            "Cache-Control": "no-cache",
+        }
         self.framing = call.options.framing
         self.endless = False
         self.head: Callable[[bytes], Steps] = lambda head: [Raw(head)]
 
     def plain(self, status: int, body: bytes, media: str) -> None:
         """Become an ordinary answer with a length."""
-        self.status, self.steps, self.framing = status, [Event(body)] if body else [], "length"
+        self.status, self.steps, self.framing = (
+            status,
+            [Event(body)] if body else [],
+            "length",
+        )
         self.headers["Content-Type"] = media
 
     def json(self, status: int, body: object) -> None:
@@ -672,10 +1446,6 @@ class Answer:
     def flood(self, steps: Steps) -> None:
         """Become an answer of *steps* that never end."""
         self.steps, self.endless = steps, True
-
-
-Argument = Any  # what the converter of the fault made of the text after the colon
-FaultFunction = Callable[[Answer, Argument], None]
 
 
 class Fault(NamedTuple):
@@ -687,25 +1457,33 @@ class Fault(NamedTuple):
     default: Argument
 
 
-FAULTS: Dict[str, Fault] = {}
+FAULTS: dict[str, Fault] = {}
 
 
-def fault(usage: str, convert: Callable[[str], Argument] = int, default: Argument = None,
-          ) -> Callable[[FaultFunction], FaultFunction]:
+def fault(
+    usage: str,
+    convert: Callable[[str], Argument] = int,
+    default: Argument = None,
+) -> Callable[[FaultFunction], FaultFunction]:
     """Enter a function in the table of faults under ``name`` or ``name:ARGUMENT``; without *default*, it is needed."""
+
     def enter(function: FaultFunction) -> FaultFunction:
         FAULTS[usage.partition(":")[0]] = Fault(usage, function, convert, default)
         return function
+
     return enter
 
 
 def fault_table() -> str:
     """Return the table of faults as reStructuredText."""
-    rows = [(row.usage, " ".join((row.apply.__doc__ or "").split())) for row in FAULTS.values()]
+    rows = [
+        (row.usage, " ".join((row.apply.__doc__ or "").split()))
+        for row in FAULTS.values()
+    ]
     first = max(len(name) for name, _ in rows)
     second = max(len(text) for _, text in rows)
     rule = "{} {}".format("=" * first, "=" * second)
-    lines = ["{} {}".format(name.ljust(first), text) for name, text in rows]
+    lines = [f"{name.ljust(first)} {text}" for name, text in rows]
     return "\n".join([rule, *lines, rule])
 
 
@@ -716,25 +1494,29 @@ def parse_fault(text: str) -> Callable[[Answer], None]:
     def apply(answer: Answer) -> None:
         for function, argument in parts:
             function(answer, argument)
+
     return apply
 
 
-def compile_fault(text: str) -> Tuple[FaultFunction, Argument]:
+def compile_fault(text: str) -> tuple[FaultFunction, Argument]:
     name, colon, argument = text.strip().partition(":")
     if name not in FAULTS:
-        raise ValueError("unknown fault {!r}, known are: {}".format(name, " ".join(FAULTS)))
+        raise ValueError(
+            "unknown fault {!r}, known are: {}".format(name, " ".join(FAULTS))
+        )
     row = FAULTS[name]
     if colon and ":" not in row.usage:
-        raise ValueError("fault {!r} takes no argument".format(name))
+        raise ValueError(f"fault {name!r} takes no argument")
     if not colon and ":" in row.usage and row.default is None:
-        raise ValueError("fault {!r} needs an argument: {}".format(name, row.usage))
+        raise ValueError(f"fault {name!r} needs an argument: {row.usage}")
     try:
         return row.apply, row.convert(argument) if colon else row.default
     except ValueError:
-        raise ValueError("bad argument in {!r}, wanted is {}".format(text, row.usage)) from None
+        raise ValueError(f"bad argument in {text!r}, wanted is {row.usage}") from None
 
 
 # Parts of a body
+
 
 def first_bytes(steps: Steps, count: int) -> Iterator[Step]:
     """Yield the steps of the first *count* bytes of the body."""
@@ -771,7 +1553,9 @@ def to_finish(steps: Steps) -> Iterator[Step]:
 
 def without(steps: Steps, *kinds: str) -> Iterator[Step]:
     """Leave out the events of some *kinds*."""
-    return (step for step in steps if not (isinstance(step, Event) and step.kind in kinds))
+    return (
+        step for step in steps if not (isinstance(step, Event) and step.kind in kinds)
+    )
 
 
 def inserted(answer: Answer, count: int, *steps: Step) -> None:
@@ -787,7 +1571,11 @@ def cut(answer: Answer, count: int, *steps: Step) -> None:
 
 def for_ever(answer: Answer, count: int, event: Event) -> None:
     """After *count* events, only this *event* again and again."""
-    answer.flood(itertools.chain(first_events(answer.steps, count), itertools.cycle([Pause(TICK), event])))
+    answer.flood(
+        itertools.chain(
+            first_events(answer.steps, count), itertools.cycle([Pause(TICK), event])
+        )
+    )
 
 
 def line(answer: Answer, text: str) -> Event:
@@ -804,6 +1592,7 @@ def comment(answer: Answer, text: str = ": ping") -> Event:
 
 
 # Cuts
+
 
 @fault("ok")
 def ok(answer: Answer, _: Argument) -> None:
@@ -826,7 +1615,9 @@ def drop_event(answer: Answer, count: int) -> None:
 def drop_chunk(answer: Answer, count: int) -> None:
     """FIN after N bytes, within a chunk that announced more."""
     torn = Raw(b"40\r\ndata: ") if answer.framing == "chunked" else Raw(b"data: ")
-    answer.steps = itertools.chain(first_bytes(answer.steps, count), [torn, Stop("drop")])
+    answer.steps = itertools.chain(
+        first_bytes(answer.steps, count), [torn, Stop("drop")]
+    )
 
 
 @fault("reset:N", default=BYTES)
@@ -861,6 +1652,7 @@ def bad_chunk(answer: Answer, count: int) -> None:
 
 # Silence and noise
 
+
 @fault("stall:N", default=BYTES)
 def stall(answer: Answer, count: int) -> None:
     """N bytes of the body, then silence until the client leaves."""
@@ -882,6 +1674,7 @@ def slow_first(answer: Answer, seconds: float) -> None:
 @fault("drip:SECONDS", float, 0.001)
 def drip(answer: Answer, seconds: float) -> None:
     """One byte per write, SECONDS apart."""
+
     def drops(steps: Steps) -> Iterator[Step]:
         for step in steps:
             if not isinstance(step, Event):
@@ -890,6 +1683,7 @@ def drip(answer: Answer, seconds: float) -> None:
             for byte in step.data:
                 yield Event(bytes([byte]))
                 yield Pause(seconds)
+
     answer.steps = drops(answer.steps)
 
 
@@ -897,7 +1691,11 @@ def drip(answer: Answer, seconds: float) -> None:
 def pings(answer: Answer, count: int) -> None:
     """N comments before each event (empty lines in NDJSON)."""
     pair = [comment(answer)] * count
-    answer.steps = (part for step in answer.steps for part in ([*pair, step] if isinstance(step, Event) else [step]))
+    answer.steps = (
+        part
+        for step in answer.steps
+        for part in ([*pair, step] if isinstance(step, Event) else [step])
+    )
 
 
 @fault("ping-forever:N", default=EVENTS)
@@ -909,7 +1707,9 @@ def ping_forever(answer: Answer, count: int) -> None:
 @fault("drip-forever:N", default=EVENTS)
 def drip_forever(answer: Answer, count: int) -> None:
     """After N events one byte of an unfinished comment line every 20 ms (of white space in NDJSON)."""
-    start, byte = (b"", b" ") if "ndjson" in answer.call.protocol.media else (b":", b"-")
+    start, byte = (
+        (b"", b" ") if "ndjson" in answer.call.protocol.media else (b":", b"-")
+    )
     inserted(answer, count, Event(start))
     for_ever(answer, count + 1, Event(byte))
 
@@ -917,10 +1717,15 @@ def drip_forever(answer: Answer, count: int) -> None:
 @fault("empty-deltas:N", default=EVENTS)
 def empty_deltas(answer: Answer, count: int) -> None:
     """After N events deltas with an empty text every 20 ms, without end."""
-    for_ever(answer, count, answer.call.protocol.delta(answer.call, "")._replace(kind="other"))
+    for_ever(
+        answer,
+        count,
+        answer.call.protocol.delta(answer.call, "")._replace(kind="other"),
+    )
 
 
 # The end
+
 
 @fault("no-done")
 def no_done(answer: Answer, _: Argument) -> None:
@@ -961,6 +1766,7 @@ def done_then_open(answer: Answer, _: Argument) -> None:
 
 # Errors in the stream
 
+
 @fault("error-event:N", default=EVENTS)
 def error_event(answer: Answer, count: int) -> None:
     """After N events the protocol's error event for an overloaded server, then the end."""
@@ -970,7 +1776,12 @@ def error_event(answer: Answer, count: int) -> None:
 @fault("error-event-done:N", default=EVENTS)
 def error_event_done(answer: Answer, count: int) -> None:
     """The same, followed by ``data: [DONE]``."""
-    cut(answer, count, answer.call.protocol.error_event(answer.call, OVERLOADED), line(answer, "data: [DONE]"))
+    cut(
+        answer,
+        count,
+        answer.call.protocol.error_event(answer.call, OVERLOADED),
+        line(answer, "data: [DONE]"),
+    )
 
 
 @fault("fatal-error:N", default=EVENTS)
@@ -982,20 +1793,34 @@ def fatal_error(answer: Answer, count: int) -> None:
 @fault("named-error:N", default=EVENTS)
 def named_error(answer: Answer, count: int) -> None:
     """After N events an ``event: error`` with the error, as Groq sends it, then the end."""
-    cut(answer, count, Event(answer.call.sse(answer.call.protocol.error(OVERLOADED), "error")))
+    cut(
+        answer,
+        count,
+        Event(answer.call.sse(answer.call.protocol.error(OVERLOADED), "error")),
+    )
 
 
 @fault("stray-error:N", default=EVENTS)
 def stray_error(answer: Answer, count: int) -> None:
     """After N events a field ``error: {...}``, as old llama.cpp sends it, then the end."""
-    error = {"code": 500, "message": "The server is overloaded, try again.", "type": "server_error"}
+    error = {
+        "code": 500,
+        "message": "The server is overloaded, try again.",
+        "type": "server_error",
+    }
     cut(answer, count, line(answer, "error: " + dumps(error)))
 
 
 @fault("bare-error:N", default=EVENTS)
 def bare_error(answer: Answer, count: int) -> None:
     """After N events a JSON error over several lines without ``data:``, as Google sends it, then the end."""
-    error = {"error": {"code": 503, "message": "The model is overloaded.", "status": "UNAVAILABLE"}}
+    error = {
+        "error": {
+            "code": 503,
+            "message": "The model is overloaded.",
+            "status": "UNAVAILABLE",
+        }
+    }
     cut(answer, count, line(answer, json.dumps(error, indent=2)))
 
 
@@ -1016,19 +1841,22 @@ def garbage(answer: Answer, count: int) -> None:
 def different(answer: Answer, _: Argument) -> None:
     """Quite another text; to be written before other faults."""
     call = answer.call
-    answer.steps = call.protocol.events(call.restart("Quite another story: " + call.options.text.swapcase()))
+    answer.steps = call.protocol.events(
+        call.restart("Quite another story: " + call.options.text.swapcase())
+    )
 
 
 # Other answers than a stream
 
-def parse_status(text: str) -> Tuple[int, Dict[str, str]]:
+
+def parse_status(text: str) -> tuple[int, dict[str, str]]:
     """Parse ``CODE:name=value:name=value``."""
     code, *headers = re.split(r":(?=[A-Za-z-]+=)", text)
-    return int(code), dict(header.split("=", 1) for header in headers)  # type: ignore[misc]
+    return int(code), dict(header.partition("=")[::2] for header in headers)
 
 
 @fault("status:CODE[:HEADER=VALUE]", parse_status)
-def status(answer: Answer, argument: Tuple[int, Dict[str, str]]) -> None:
+def status(answer: Answer, argument: tuple[int, dict[str, str]]) -> None:
     """An HTTP error with the protocol's JSON body, as in ``status:429:retry-after=2``."""
     code, headers = argument
     answer.json(code, answer.call.protocol.error(trouble_of(code)))
@@ -1045,7 +1873,7 @@ def quota(answer: Answer, _: Argument) -> None:
 def html(answer: Answer, code: int) -> None:
     """The error page of a proxy with this status."""
     title = "{} {}".format(code, REASONS.get(code, "Unknown"))
-    page = "<html>\n<head><title>{0}</title></head>\n<body><h1>{0}</h1><hr>proxy</body>\n</html>\n".format(title)
+    page = f"<html>\n<head><title>{title}</title></head>\n<body><h1>{title}</h1><hr>proxy</body>\n</html>\n"
     answer.plain(code, page.encode("utf-8"), "text/html; charset=utf-8")
 
 
@@ -1076,6 +1904,7 @@ def redirect(answer: Answer, url: str) -> None:
 
 # No answer, or no HTTP
 
+
 @fault("refuse")
 def refuse(answer: Answer, _: Argument) -> None:
     """The connection is closed without a byte."""
@@ -1085,39 +1914,51 @@ def refuse(answer: Answer, _: Argument) -> None:
 @fault("no-http")
 def no_http(answer: Answer, _: Argument) -> None:
     """Something that is not HTTP, then FIN."""
-    answer.head = lambda head: [Raw(b"220 mail.example.org ESMTP ready\r\n"), Stop("drop")]
+    answer.head = lambda head: [
+        Raw(b"220 mail.example.org ESMTP ready\r\n"),
+        Stop("drop"),
+    ]
 
 
 @fault("header-cut")
 def header_cut(answer: Answer, _: Argument) -> None:
     """FIN within the header block."""
-    answer.head = lambda head: [Raw(head[:len(head) // 2]), Stop("drop")]
+    answer.head = lambda head: [Raw(head[: len(head) // 2]), Stop("drop")]
 
 
 @fault("headers-stall")
 def headers_stall(answer: Answer, _: Argument) -> None:
     """Half of the header block, then silence until the client leaves."""
-    answer.head = lambda head: [Raw(head[:len(head) // 2]), Stop("stall")]
+    answer.head = lambda head: [Raw(head[: len(head) // 2]), Stop("stall")]
 
 
 @fault("headers-drip:SECONDS", float, 0.05)
 def headers_drip(answer: Answer, seconds: float) -> None:
     """The header block byte by byte, SECONDS apart; then the good answer."""
-    answer.head = lambda head: (step for byte in head for step in (Raw(bytes([byte])), Pause(seconds)))
+    answer.head = lambda head: (
+        step for byte in head for step in (Raw(bytes([byte])), Pause(seconds))
+    )
 
 
 # Without end
 
+
 @fault("endless-line")
 def endless_line(answer: Answer, _: Argument) -> None:
     """One line of data that never ends, as fast as it is read."""
-    answer.flood(itertools.chain([Event(b"data: ")], itertools.repeat(Event(b"a" * 65536))))
+    answer.flood(
+        itertools.chain([Event(b"data: ")], itertools.repeat(Event(b"a" * 65536)))
+    )
 
 
 @fault("endless-event")
 def endless_event(answer: Answer, _: Argument) -> None:
     """One event of lines that never end with a blank one (of empty objects in NDJSON)."""
-    text = b"{}\n" if "ndjson" in answer.call.protocol.media else b"data: another line of the same event\n"
+    text = (
+        b"{}\n"
+        if "ndjson" in answer.call.protocol.media
+        else b"data: another line of the same event\n"
+    )
     answer.flood(itertools.repeat(Event(text * 1000)))
 
 
@@ -1139,12 +1980,15 @@ def empty_events(answer: Answer, _: Argument) -> None:
 def bomb(answer: Answer, _: Argument) -> None:
     """An endless line, a thousand times larger than what is sent, by gzip."""
     answer.framing = "gzip"
-    answer.flood(itertools.chain([Event(b"data: ")], itertools.repeat(Event(b"a" * (1 << 20)))))
+    answer.flood(
+        itertools.chain([Event(b"data: ")], itertools.repeat(Event(b"a" * (1 << 20))))
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # HTTP framing
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 class Sender:
     """Sends body bytes as they are: for a length, or an end by closing."""
@@ -1196,7 +2040,9 @@ class GzipSender(ChunkedSender):
         self.compressor = zlib.compressobj(9, zlib.DEFLATED, self.window)
 
     def write(self, data: bytes) -> None:
-        super().write(self.compressor.compress(data) + self.compressor.flush(zlib.Z_SYNC_FLUSH))
+        super().write(
+            self.compressor.compress(data) + self.compressor.flush(zlib.Z_SYNC_FLUSH)
+        )
 
     def finish(self) -> None:
         super().write(self.compressor.flush())
@@ -1210,7 +2056,7 @@ class DeflateSender(GzipSender):
 
 
 CHUNKED = {"Transfer-Encoding": "chunked"}
-FRAMINGS: Dict[str, Tuple[Type[Sender], Dict[str, str]]] = {
+FRAMINGS: dict[str, tuple[type[Sender], dict[str, str]]] = {
     "chunked": (ChunkedSender, CHUNKED),
     "length": (Sender, {}),
     "close": (Sender, {"Connection": "close"}),
@@ -1233,7 +2079,7 @@ def measure(answer: Answer) -> int:
 
 def grouped(steps: Steps, size: int) -> Iterator[Step]:
     """Join *size* events in one; any other step sends what has been joined."""
-    waiting: List[bytes] = []
+    waiting: list[bytes] = []
     for step in steps:
         if isinstance(step, Event):
             waiting.append(step.data)
@@ -1254,10 +2100,10 @@ def paced(steps: Steps, delay: float) -> Iterator[Step]:
         yield step
 
 
-def header_block(answer: Answer, headers: Dict[str, str], version: str) -> bytes:
+def header_block(answer: Answer, headers: dict[str, str], version: str) -> bytes:
     reason = REASONS.get(answer.status, "Unknown")
-    lines = ["HTTP/{} {} {}".format(version, answer.status, reason)]
-    lines += ["{}: {}".format(name, value) for name, value in headers.items()]
+    lines = [f"HTTP/{version} {answer.status} {reason}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
@@ -1276,7 +2122,11 @@ def send_answer(connection: Connection, answer: Answer) -> bool:
     if not persistent:
         headers["Connection"] = "close"
     sender = sender_class(connection, total)
-    steps = grouped(answer.steps, options.coalesce) if options.coalesce > 1 else answer.steps
+    steps = (
+        grouped(answer.steps, options.coalesce)
+        if options.coalesce > 1
+        else answer.steps
+    )
     steps = paced(steps, options.delay) if options.delay else steps
     head = header_block(answer, headers, "1.0" if framing == "http10" else "1.1")
     for step in itertools.chain(answer.head(head), steps):
@@ -1289,6 +2139,7 @@ def send_answer(connection: Connection, answer: Answer) -> bool:
 # Connections
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 class Connection:
     """One accepted TCP connection. Its methods raise :exc:`Closed` once either side has ended it."""
 
@@ -1297,7 +2148,9 @@ class Connection:
         self.received = b""
 
     def encrypt(self, tls: ssl.SSLContext) -> None:
-        encrypted = tls.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
+        encrypted = tls.wrap_socket(
+            self.sock, server_side=True, do_handshake_on_connect=False
+        )
         self.sock = encrypted
         encrypted.settimeout(self.remaining())
         encrypted.do_handshake()
@@ -1384,14 +2237,21 @@ class Connection:
 def wake(sock: socket.socket) -> None:
     """End *sock* from another thread, so that the one that is blocked in it wakes up."""
     try:
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not that of an SSLSocket, which forgets its encryption
+        socket.socket.shutdown(
+            sock, socket.SHUT_RDWR
+        )  # not that of an SSLSocket, which forgets its encryption
     except OSError:
         pass
 
 
 def read_request(connection: Connection) -> Request:
     """Read one request with its body."""
-    lines = connection.read_until(b"\r\n\r\n").decode("latin-1").lstrip("\r\n").split("\r\n")
+    lines = (
+        connection.read_until(b"\r\n\r\n")
+        .decode("latin-1")
+        .lstrip("\r\n")
+        .split("\r\n")
+    )
     method, _, rest = lines[0].partition(" ")
     target, _, version = rest.rpartition(" ")
     pairs = (line.partition(":") for line in lines[1:])
@@ -1399,7 +2259,7 @@ def read_request(connection: Connection) -> Request:
     return Request(method, target, version, headers, read_body(connection, headers))
 
 
-def read_body(connection: Connection, headers: Dict[str, str]) -> bytes:
+def read_body(connection: Connection, headers: dict[str, str]) -> bytes:
     if "chunked" not in headers.get("transfer-encoding", "").lower():
         return connection.read(int(headers.get("content-length") or 0))
     body = b""
@@ -1411,22 +2271,22 @@ def read_body(connection: Connection, headers: Dict[str, str]) -> bytes:
             return body
 
 
-Self = TypeVar("Self", bound="Listener")
-
-
 class Listener:
     """A loopback server with a thread for each connection; a context manager that leaves nothing behind."""
 
-    def __init__(self, port: int = 0, tls: Optional[ssl.SSLContext] = None, lifetime: float = 60) -> None:
-        self.requests: List[Request] = []
+    def __init__(
+        self, port: int = 0, tls: ssl.SSLContext | None = None, lifetime: float = 60
+    ) -> None:
+        self.requests: list[Request] = []
         self.connections = 0
         self._port, self._tls, self._lifetime = port, tls, lifetime
         self._lock = threading.Lock()
-        self._open: Set[Connection] = set()
-        self._threads: Set[threading.Thread] = set()
+        self._open: set[Connection] = set()
+        self._threads: set[threading.Thread] = set()
         self._deadline = 0.0
 
-    def __enter__(self: Self) -> Self:
+    def start(self) -> None:
+        """Listen, in threads of its own."""
         self._socket = socket.socket()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind(("127.0.0.1", self._port))
@@ -1434,9 +2294,10 @@ class Listener:
         self._socket.settimeout(0.1)
         self._port = self._socket.getsockname()[1]
         self._deadline = time.monotonic() + self._lifetime
-        self._acceptor = threading.Thread(target=self._accept, name="flaky-accept", daemon=True)
+        self._acceptor = threading.Thread(
+            target=self._accept, name="flaky-accept", daemon=True
+        )
         self._acceptor.start()
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
@@ -1485,7 +2346,9 @@ class Listener:
     def _start(self, sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = Connection(sock, self._deadline)
-        thread = threading.Thread(target=self._run, args=(connection,), name="flaky-connection", daemon=True)
+        thread = threading.Thread(
+            target=self._run, args=(connection,), name="flaky-connection", daemon=True
+        )
         with self._lock:
             self.connections += 1
             self._open.add(connection)
@@ -1499,7 +2362,11 @@ class Listener:
             while self.handle(connection):
                 pass
             connection.close()
-        except (Closed, OSError, ValueError):  # or a handshake that failed, or a request that is none
+        except (
+            Closed,
+            OSError,
+            ValueError,
+        ):  # or a handshake that failed, or a request that is none
             pass
         finally:
             connection.sock.close()
@@ -1522,7 +2389,18 @@ class Listener:
 # The server
 # ---------------------------------------------------------------------------------------------------------------------
 
-Script = Sequence[Union[str, Callable[[Connection, Request], None]]]
+
+class Turn:
+    """One entry of a script: a function that answers by itself, or the faults that rewrite the good answer."""
+
+    def __init__(self, entry: str | Scripted) -> None:
+        self.function = None if isinstance(entry, str) else entry
+        self.name = (
+            entry
+            if isinstance(entry, str)
+            else getattr(entry, "__name__", "a function")
+        )
+        self.rewrite = parse_fault(self.name if isinstance(entry, str) else "ok")
 
 
 class FlakyServer(Listener):
@@ -1541,8 +2419,8 @@ class FlakyServer(Listener):
     - ``pieces``: how the text is cut in deltas: a number of characters, or a list of strings (which is the text then);
     - ``reasoning``, ``tool_calls`` (pairs of a name and JSON arguments): more to tell;
     - ``continuation``: what happens to a trailing assistant message, or to a prompt that ends with the beginning of the
-      text: ``exact`` tells the rest, ``repeat`` and ``ignore`` tell it all (a repeated prefix and a fresh start are the
-      same bytes here), ``refuse`` answers 400;
+      text: ``exact`` tells the rest (or all, if it is not the beginning of the text), ``repeat`` says it again before the
+      rest, ``ignore`` starts over, ``refuse`` answers 400;
     - ``extra``: a dict, or a function of the chunk's number that makes one, merged in each chunk of the OpenAI kind;
     - ``eol``: the line end of event streams, by default that of the provider;
     - ``reconnection_ms``: the ``retry:`` field of ``/events``.
@@ -1558,41 +2436,52 @@ class FlakyServer(Listener):
     accepted, :attr:`open_connections` how many are open now.
     """
 
-    def __init__(self, text: str = STORY, script: Script = (), *, port: int = 0, tls: Optional[ssl.SSLContext] = None,
-                 lifetime: float = 60, loop: bool = False, log: Optional[Callable[[str], object]] = None,
-                 **options: Any) -> None:
+    def __init__(
+        self,
+        text: str = STORY,
+        script: Sequence[str | Scripted] = (),
+        *,
+        port: int = 0,
+        tls: ssl.SSLContext | None = None,
+        lifetime: float = 60,
+        loop: bool = False,
+        log: Callable[[str], object] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(port, tls, lifetime)
         self.options = Options(text, **options)
         self._log = log
-        self._names = [entry if isinstance(entry, str) else getattr(entry, "__name__", "function") for entry in script]
-        self._script = [parse_fault(entry) if isinstance(entry, str) else entry for entry in script]
-        self._scripted = [isinstance(entry, str) for entry in script]
+        self._script = [Turn(entry) for entry in script]
         self._loop = loop
-        self._memory: Dict[str, JSON] = {}
+        self._memory: dict[str, Call] = {}
+
+    def __enter__(self) -> FlakyServer:
+        self.start()
+        return self
 
     def handle(self, connection: Connection) -> bool:
         request = read_request(connection)
         self.record(request)
-        index = self._turn(request.number - 1)
+        turn = self._turn(request.number - 1)
         if self._log:
-            fault_name = "ok" if index is None else self._names[index]
-            self._log("{:>4} {} {} -> {}".format(request.number, request.method, request.target, fault_name))
-        if index is not None and not self._scripted[index]:
-            self._script[index](connection, request)
+            self._log(
+                f"{request.number:>4} {request.method} {request.target} -> {turn.name}"
+            )
+        if turn.function:
+            turn.function(connection, request)
             return False
         answer = reply(request, self.options, self._memory)
-        if index is not None:
-            self._script[index](answer)
+        turn.rewrite(answer)
         return send_answer(connection, answer)
 
-    def _turn(self, number: int) -> Optional[int]:
-        """Return the place in the script of the request with this *number* (from 0), or None past its end."""
+    def _turn(self, number: int) -> Turn:
+        """Return what the script has for the request with this *number* (from 0)."""
         if self._loop and self._script:
-            return number % len(self._script)
-        return number if number < len(self._script) else None
+            number %= len(self._script)
+        return self._script[number] if number < len(self._script) else Turn("ok")
 
 
-def reply(request: Request, options: Options, memory: Dict[str, JSON]) -> Answer:
+def reply(request: Request, options: Options, memory: dict[str, Call]) -> Answer:
     """Return the good answer to *request*, or the refusal that it deserves."""
     protocol = find_protocol(request)
     call = Call(request, options, protocol, options.text, options.text, memory)
@@ -1610,7 +2499,9 @@ def reply(request: Request, options: Options, memory: Dict[str, JSON]) -> Answer
 
 def find_protocol(request: Request) -> Protocol:
     for protocol in PROTOCOLS:
-        if request.method in protocol.methods and re.search("(?:{})$".format(protocol.path), request.path):
+        if request.method in protocol.methods and re.search(
+            f"(?:{protocol.path})$", request.path
+        ):
             return protocol
     return Nothing()
 
@@ -1621,13 +2512,21 @@ def continued(call: Call) -> Call:
     reason = call.protocol.refuses(call, prefix)
     if reason:
         raise Refused(400, call.protocol.error(INVALID._replace(message=reason)))
-    if call.options.continuation != "exact" or not call.whole.startswith(prefix):
-        return call
-    return replace(call, text=call.whole[len(prefix):])
+    mode = call.options.continuation
+    known = len(prefix) if call.whole.startswith(prefix) else 0
+    rest = call.whole[known:]
+    return replace(
+        call, text={"exact": rest, "repeat": prefix + rest}.get(mode, call.whole)
+    )
 
 
-def transcript(path: str, text: str = STORY, body: Optional[JSON] = None, method: str = "POST",
-               **options: Any) -> bytes:
+def transcript(
+    path: str,
+    text: str = STORY,
+    body: JSON | None = None,
+    method: str = "POST",
+    **options: Any,
+) -> bytes:
     """Return the whole body that the server would send to a first request for *path*.
 
     :param body: the JSON of the request, by default one that asks for a stream.
@@ -1639,11 +2538,203 @@ def transcript(path: str, text: str = STORY, body: Optional[JSON] = None, method
     return b"".join(step.data for step in answer.steps if isinstance(step, Event))
 
 
-class Nothing(Protocol):
-    """What is found at any other path."""
-
-    def wants_stream(self, request: Request) -> bool:
-        raise Refused(404, self.error(TROUBLES[404]))
+# ---------------------------------------------------------------------------------------------------------------------
+# Beside the server
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-PROTOCOLS: List[Protocol] = [OpenAIChat(), OpenAICompletions()]
+class ConnectProxy(Listener):
+    """An HTTP proxy on the loopback interface, to loopback targets only: CONNECT tunnels, and plain requests.
+
+    :attr:`requests` has what it was asked; the path of a CONNECT is ``host:port``.
+    """
+
+    def __enter__(self) -> ConnectProxy:
+        self.start()
+        return self
+
+    def handle(self, connection: Connection) -> bool:
+        request = read_request(connection)
+        self.record(request)
+        tunnel = request.method == "CONNECT"
+        target = urlsplit("//" + request.target if tunnel else request.target)
+        if target.hostname not in ("localhost", "127.0.0.1", "::1"):
+            connection.send(
+                b"HTTP/1.1 403 Loopback Only\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            )
+            return False
+        try:
+            upstream = socket.create_connection(
+                (target.hostname, target.port or 80), timeout=10
+            )
+        except OSError:
+            connection.send(
+                b"HTTP/1.1 502 No Such Target\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            )
+            return False
+        if tunnel:
+            connection.send(b"HTTP/1.1 200 Connection Established\r\n\r\n")
+            upstream.sendall(connection.received)
+        else:
+            upstream.sendall(
+                forwarded(
+                    request, target.path + ("?" + target.query if target.query else "")
+                )
+            )
+        self.relay(connection, upstream)
+        return False
+
+    def relay(self, connection: Connection, upstream: socket.socket) -> None:
+        """Carry bytes both ways until one side ends."""
+        back = threading.Thread(
+            target=pump,
+            args=(upstream, connection.sock, connection.deadline),
+            daemon=True,
+        )
+        back.start()
+        pump(connection.sock, upstream, connection.deadline)
+        back.join(5)
+        upstream.close()
+
+
+def pump(source: socket.socket, target: socket.socket, deadline: float) -> None:
+    """Carry bytes from *source* to *target* until either ends, then end both."""
+    try:
+        source.settimeout(max(0.001, deadline - time.monotonic()))
+        for data in iter(lambda: source.recv(65536), b""):
+            target.sendall(data)
+    except (OSError, ValueError):
+        pass
+    wake(source)
+    wake(target)
+
+
+def forwarded(request: Request, target: str) -> bytes:
+    """Return the request as the origin server wants it, with an end of the connection after the answer."""
+    headers = {
+        name: value
+        for name, value in request.headers.items()
+        if not name.startswith("proxy-")
+        and name not in ("connection", "transfer-encoding", "content-length")
+    }
+    headers.update({"connection": "close", "content-length": str(len(request.body))})
+    lines = ["{} {} HTTP/1.1".format(request.method, target or "/")]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + request.body
+
+
+def self_signed(folder: str | Path) -> tuple[str, str]:
+    """Make a certificate for localhost and 127.0.0.1 by the ``openssl`` command; return the paths of it and its key."""
+    cert, key = str(Path(folder) / "cert.pem"), str(Path(folder) / "key.pem")
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "30",
+        "-subj",
+        "/CN=localhost",
+        "-addext",
+        "subjectAltName=DNS:localhost,IP:127.0.0.1",
+        "-keyout",
+        key,
+        "-out",
+        cert,
+    ]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except FileNotFoundError:
+        raise RuntimeError(
+            "self_signed() needs the openssl command, which is not installed"
+        ) from None
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(
+            "openssl failed: " + error.stderr.decode("utf-8", "replace")
+        ) from None
+    return cert, key
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    command = argparse.ArgumentParser(
+        description="A scripted, faulty LLM server on the loopback interface."
+    )
+    command.add_argument(
+        "--port", type=int, default=8000, help="default 8000; 0 for any"
+    )
+    command.add_argument(
+        "--script", default="", help="faults, separated by commas: drop:200,stall,ok"
+    )
+    command.add_argument(
+        "--loop", action="store_true", help="start the script again at its end"
+    )
+    command.add_argument("--text", default=STORY, help="what the server tells")
+    command.add_argument(
+        "--delay",
+        type=float,
+        default=0.02,
+        help="seconds before each delta, default 0.02",
+    )
+    command.add_argument("--framing", choices=list(FRAMINGS), default="chunked")
+    command.add_argument(
+        "--lifetime",
+        type=float,
+        default=600,
+        help="seconds until it stops, default 600",
+    )
+    command.add_argument(
+        "--list", action="store_true", help="print the table of faults"
+    )
+    return command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    command = parser()
+    options = command.parse_args(arguments)
+    if options.list:
+        print(fault_table())
+        return 0
+    script = [part for part in re.split(r",(?=[a-z])", options.script) if part]
+    try:
+        server = FlakyServer(
+            options.text,
+            script,
+            port=options.port,
+            loop=options.loop,
+            log=say,
+            delay=options.delay,
+            framing=options.framing,
+            lifetime=options.lifetime,
+        )
+    except ValueError as error:
+        command.error(str(error))
+    serve(server)
+    return 0
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def serve(server: FlakyServer) -> None:
+    """Run until Ctrl-C or the end of the lifetime."""
+    body = '{"model":"m","stream":true,"messages":[{"role":"user","content":"Tell me a story"}]}'
+    try:
+        with server:
+            say(server.url)
+            say(f"curl -N {server.url}/v1/chat/completions -d '{body}'")
+            while server.running:
+                time.sleep(0.1)
+    except KeyboardInterrupt:
+        say("")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
