@@ -934,13 +934,15 @@ class Answer:
         if call is None:
             self._guard_parts(len(self._calls))
             call = self._calls[key] = _OpenCall(len(self._calls), self.limits.text)
-        call.id = id if isinstance(id, str) and id else call.id
+        if call.id is None and isinstance(id, str) and id:
+            call.id = id  # old vLLM makes up another one for each fragment
         call.name = name if isinstance(name, str) and name else call.name
 
     def call_arguments(self, key: Any, arguments: Any, index: Any = 0) -> None:
         """Add a fragment to the arguments of a tool call; "" announces the call."""
         self.open_call(key)
         call = self._calls[key]
+        call.closed = False  # calls may be interleaved
         if not isinstance(arguments, str):
             self.odd(arguments)
             arguments = ""
@@ -1277,36 +1279,42 @@ class ContinueSeam(Seam):
 
     def __init__(self, text: str, sent: str) -> None:
         super().__init__(text)
+        self._sent = sent
         self._space = text[len(sent) :]
-        self._over = False
+        self._over = not sent
 
     def feed(self, text: str) -> str:
         if self._over:
-            return text
-        known = self.before[self.position : self.position + len(text)]
+            return self._without_space(text)
+        known = self._sent[self.position : self.position + len(text)]
         if not text.startswith(known):
-            return self._settle(self.before[: self.position] + text)
+            return self._settle(self._sent[: self.position] + text)
         self.position += len(known)
-        if self.position < len(self.before):
+        if self.position < len(self._sent):
             return ""
-        if not _is_distinct(self.before):
+        if not _is_distinct(self._sent):
             raise IncompleteStreamError(
                 "the continuation begins with the text received so far, which is too "
                 "short or too regular to tell a copy of it from new text"
             )
-        self._over = True
-        return text[len(known) :]
+        return self._settle(text[len(known) :])
 
     def close(self) -> str:
-        return "" if self._over else self._settle(self.before[: self.position])
+        return "" if self._over else self._settle(self._sent[: self.position])
 
     @property
     def is_over(self) -> bool:
-        return self._over
+        return self._over and not self._space
 
     def _settle(self, text: str) -> str:
         self._over = True
-        return text[_common_length(self._space, text) :]
+        return self._without_space(text)
+
+    def _without_space(self, text: str) -> str:
+        """Leave out the whitespace that was stripped; it may come in pieces."""
+        known = _common_length(self._space, text)
+        self._space = self._space[known:] if known == len(text) else ""
+        return text[known:]
 
 
 class AskSeam(Seam):
@@ -1413,6 +1421,7 @@ def _api_error(document: Any, status: int | None = None, **facts: Any) -> APIErr
     inner = inner if isinstance(inner, dict) else outer
     code = _scalar(inner, "code", "status_code", "http_code")
     kind = _scalar(inner, "type", "status") or _scalar(outer, "error_type", "type")
+    kind = kind if kind != "error" else None  # the event's type, not the error's
     named = _status_named(code, _scalar(inner, "status_code"))
     message = _error_message(document, outer, inner)
     where = f"HTTP status {status}" if status else "an error inside the stream"
@@ -1676,6 +1685,10 @@ class Dialect:
         """Whether the reply to :meth:`prefill` surely continues the text."""
         return self.continues_exactly
 
+    def add_reasoning(self, body: dict[str, Any], reasoning: str) -> dict[str, Any]:
+        """The body of :meth:`prefill`, with the reasoning that led to its text."""
+        return body
+
     def add_turns(
         self, body: dict[str, Any], turns: Sequence[tuple[str, str]]
     ) -> dict[str, Any] | None:
@@ -1806,6 +1819,8 @@ class OpenAI(Dialect):
         for choice in _dicts(document.get("choices"), answer):
             self._read_choice(choice, choice.get("message"), answer)
         self._read_usage(document, answer)
+        if document.get("object") == "error":
+            answer.fail(self.error(document))
 
     def _read_choice(self, choice: dict[str, Any], delta: Any, answer: Answer) -> None:
         index = choice.get("index")
@@ -1836,6 +1851,7 @@ class OpenAI(Dialect):
         if delta.get("function_call") is not None:
             call = {"index": 0, "function": delta["function_call"]}
             self._read_call(call, index, answer)
+            answer.memory["legacy"] = True
 
     def _read_parts(self, parts: list[Any], index: int, answer: Answer) -> None:
         """Mistral's content in parts."""
@@ -1900,6 +1916,8 @@ class OpenAI(Dialect):
             message["content"] = ""
         if answer.side_text("refusal"):
             message["refusal"] = answer.side_text("refusal")
+        if calls and answer.memory.get("legacy"):
+            return {**message, "function_call": calls[0]["function"]}
         return {**message, "tool_calls": calls} if calls else message
 
 
@@ -1921,7 +1939,7 @@ class Azure(OpenAI):
     name = "azure"
     base_url: str | None = None
     base_url_names: tuple[str, ...] = ("AZURE_OPENAI_ENDPOINT",)
-    key_names: tuple[str, ...] = ("AZURE_OPENAI_API_KEY",)
+    key_names: tuple[str, ...] = ("AZURE_OPENAI_API_KEY", "AZURE_OPENAI_AD_TOKEN")
     needs_key = True
 
     def url(self, base_url: str, model: str | None) -> str:
@@ -1931,7 +1949,8 @@ class Azure(OpenAI):
             return super().url(base_url, model)
         if model and version:  # as Azure's SDK composes it from its two variables
             path = "/openai/deployments/%s%s?api-version=%s"
-            return _join_url(base_url, path % (quote(model), self.path, version))
+            name = quote(model, safe="")
+            return _join_url(base_url, path % (name, self.path, version))
         return _join_url(base_url, "/openai/v1" + self.path)
 
     def auth(self, key: str) -> dict[str, str]:
@@ -2003,6 +2022,10 @@ class DeepSeek(Mistral):
             return url
         return urlunsplit(parts._replace(path="/beta" + self.path))
 
+    def add_reasoning(self, body: dict[str, Any], reasoning: str) -> dict[str, Any]:
+        *turns, last = body["messages"]
+        return {**body, "messages": [*turns, {**last, "reasoning_content": reasoning}]}
+
 
 class OpenRouter(OpenAI):
     """OpenRouter: whether an answer can be continued depends on the routed model."""
@@ -2036,8 +2059,8 @@ class OpenAICompletions(OpenAI):
         return {"role": "assistant", "content": text}
 
     def prefill(self, body: dict[str, Any], text: str) -> dict[str, Any] | None:
-        if not isinstance(body.get("prompt"), str):
-            return None
+        if not isinstance(body.get("prompt"), str) or body.get("echo"):
+            return None  # an echo has put the prompt into the text
         return {**body, "prompt": body["prompt"] + text, "echo": False}
 
     def add_turns(
@@ -2106,6 +2129,12 @@ class OpenAIResponses(Dialect):
         return False
 
     def read_whole(self, document: dict[str, Any], answer: Answer) -> None:
+        if document.get("status") in ("queued", "in_progress"):
+            answer.fail(
+                IncompleteStreamError(
+                    "the server did not stream, and the response is not made yet"
+                )
+            )
         self._read_end({"response": document}, answer)
 
     def _read_delta(self, chunk: dict[str, Any], answer: Answer) -> None:
@@ -2189,15 +2218,22 @@ class OpenAIResponses(Dialect):
 
     def _read_output(self, output: list[dict[str, Any]], answer: Answer) -> None:
         """Take from the final object what no event has brought."""
+        seen = " ".join(kind for kind, _ in answer.memory)
         for number, item in enumerate(output):
-            place = {"output_index": number}
-            if item.get("type") in ("function_call", "custom_tool_call"):
+            kind, place = item.get("type"), {"output_index": number}
+            if kind in ("function_call", "custom_tool_call"):
                 done = {**place, "type": "response.output_item.done", "item": item}
                 self._read_item(done, answer)
-            elif item.get("type") == "message" and not answer.memory:
+            elif kind == "message":
                 for part in _dicts(item.get("content"), answer):
-                    answer.text(part.get("text"))
-                    answer.refusal(part.get("refusal"))
+                    if "output_text" not in seen:
+                        answer.text(part.get("text"))
+                    if "refusal" not in seen:
+                        answer.refusal(part.get("refusal"))
+            elif kind == "reasoning" and "reasoning" not in seen:
+                for name in ("summary", "content"):
+                    for part in _dicts(item.get(name), answer):
+                        answer.reasoning(part.get("text"))
 
     def _reason(self, response: dict[str, Any], answer: Answer) -> tuple[str, Any]:
         status = response.get("status")
@@ -2237,20 +2273,29 @@ class OpenAIResponses(Dialect):
 
     def message(self, answer: Answer, text: str) -> Any:
         """A list of output items; :meth:`body` takes such a list as one message."""
-        if answer.parts:
-            return answer.parts
-        content = [{"type": "output_text", "text": text}]
-        message = [{"type": "message", "role": "assistant", "content": content}]
-        calls = [
-            {
-                "type": "function_call",
-                "call_id": call.id,
-                "name": call.name,
-                "arguments": call.arguments,
-            }
-            for call in answer.tool_calls()
-        ]
-        return (message if text else []) + calls
+        if answer.parts and self._said(answer.parts) == text:
+            return answer.parts  # or else they are only the end of a resumed answer
+        items = [self._turn({"role": "assistant", "content": text})] if text else []
+        for opened in answer._calls.values():
+            call = opened.whole()
+            if call is not None:
+                kind = "function_call" if opened.is_json else "custom_tool_call"
+                value = {"arguments" if opened.is_json else "input": call.arguments}
+                about = {"type": kind, "call_id": call.id, "name": call.name}
+                items.append({**about, **value})
+        return items
+
+    def _said(self, output: list[dict[str, Any]]) -> str:
+        """The visible text of output items."""
+        messages = [item for item in output if item.get("type") == "message"]
+        return "".join(_plain_text(item.get("content")) for item in messages)
+
+    def _turn(self, turn: dict[str, Any]) -> dict[str, Any]:
+        """A message as everybody takes it; llama.cpp wants its parts."""
+        if turn.get("role") != "assistant" or not isinstance(turn.get("content"), str):
+            return turn
+        content = [{"type": "output_text", "text": turn["content"]}]
+        return {**turn, "type": "message", "content": content}
 
     def add_turns(
         self, body: dict[str, Any], turns: Sequence[tuple[str, str]]
@@ -2258,7 +2303,8 @@ class OpenAIResponses(Dialect):
         items = body.get("input")
         if not isinstance(items, list) or not items:
             return None
-        return {**body, "input": _append_turns(items, turns, "content")}
+        items, old = _append_turns(items, turns, "content"), len(items) - 1
+        return {**body, "input": items[:old] + list(map(self._turn, items[old:]))}
 
     def reattach_url(self, url: str, answer: Answer) -> str | None:
         if answer.id is None or answer.cursor is None:
@@ -2345,7 +2391,7 @@ class Anthropic(Dialect):
             place = {"index": number}
             if block.get("type") == "tool_use":
                 self._read_start(place, {**block, "input": {}}, answer)
-                arguments = jsonlib.dumps(block.get("input"))
+                arguments = jsonlib.dumps(block.get("input") or {})
                 answer.call_arguments(self._key(place), arguments)
             else:
                 self._read_start(place, block, answer)
@@ -2405,7 +2451,10 @@ class Anthropic(Dialect):
         elif kind == "input_json_delta":
             self._read_input(self._key(chunk), part, delta.get("partial_json"), answer)
         elif kind == "citations_delta":
-            part.setdefault("citations", []).append(delta.get("citation"))
+            part["citations"] = part.get("citations") or []
+            part["citations"].append(delta.get("citation"))
+        elif kind == "compaction_delta":
+            part["content"] = delta.get("content")
 
     def _think(self, part: dict[str, Any], text: Any, answer: Answer) -> None:
         answer.reasoning(text)
@@ -2440,7 +2489,8 @@ class Anthropic(Dialect):
             elif "_json" in part:
                 block["input"] = _parsed_or_empty(part["_json"].text)
             blocks.append(block)
-        kept = [b for b in blocks if b.get("type") != "text" or b["text"]]
+        # The API refuses to be sent text that is nothing but white space.
+        kept = [b for b in blocks if b.get("type") != "text" or b["text"].strip()]
         return {"role": "assistant", "content": kept}
 
     def prefill(self, body: dict[str, Any], text: str) -> dict[str, Any] | None:
@@ -2540,42 +2590,51 @@ class Gemini(Dialect):
         raw = candidate.get("finishReason")
         if isinstance(raw, int) and not isinstance(raw, bool):
             raw = {1: "STOP", 2: "MAX_TOKENS", 3: "SAFETY"}.get(raw, str(raw))
-        if raw is not None:
+        if raw == "STOP" and answer.calls_begun:  # there is no word for tools
+            answer.finish("tool_calls", raw, index)
+        elif raw is not None:
             self.finish(answer, raw, index)
 
     def _read_part(self, part: dict[str, Any], index: int, answer: Answer) -> None:
         if index == 0:
             self._note_part(part, answer)
         if isinstance(part.get("functionCall"), dict):
-            self._read_call(part["functionCall"], index, answer)
+            self._read_call(part, part["functionCall"], index, answer)
         elif part.get("thought") is True:
             answer.reasoning(part.get("text"), index)
         else:
             answer.text(part.get("text"), index)
 
     def _note_part(self, part: dict[str, Any], answer: Answer) -> None:
-        """Keep what the next turn needs: runs of text, and everything signed."""
-        signature = part.get("thoughtSignature")
-        if "functionCall" in part or part.get("thought") is True or signature:
+        """Keep what the next turn needs: runs of text, and every other part."""
+        call = part.get("functionCall")
+        if isinstance(call, dict) and self._is_streamed(call, answer):
+            return  # noted when it is whole
+        is_text = "text" in part and part.get("thought") is not True
+        if not is_text or part.get("thoughtSignature"):
             noted = dict(part)
-            if part.get("thought") is not True and "text" in part:
+            if is_text:
                 noted["text"] = (answer.position(), len(str(part["text"])))
             if len(answer.parts) < _MOST_PARTS:
                 answer.parts.append(noted)
-        elif part.get("text") and not self._is_run(answer.parts):
+        elif part["text"] and not self._is_run(answer.parts):
             answer.parts.append({"text": (answer.position(), None)})
 
     def _is_run(self, parts: list[dict[str, Any]]) -> bool:
-        return bool(parts) and parts[-1].get("text", ("", ""))[-1] is None
+        text = parts[-1].get("text") if parts else None
+        return isinstance(text, tuple) and text[1] is None
 
-    def _read_call(self, call: dict[str, Any], index: int, answer: Answer) -> None:
-        partial = call.get("partialArgs")
-        current = answer.memory.get("partial")
-        if call.get("name") and (partial is not None or call.get("willContinue")):
-            current = answer.memory["partial"] = (index, answer.calls_begun)
-            answer.open_call(current, call.get("id"), call["name"])
-        if current is not None and not (call.get("name") and "args" in call):
-            self._read_partial(current, call, index, answer)
+    def _is_streamed(self, call: dict[str, Any], answer: Answer) -> bool:
+        """Whether this is a piece of a call whose arguments are streamed."""
+        if "partialArgs" in call or call.get("willContinue"):
+            return True
+        return "partial" in answer.memory and not call.get("name")
+
+    def _read_call(
+        self, part: dict[str, Any], call: dict[str, Any], index: int, answer: Answer
+    ) -> None:
+        if self._is_streamed(call, answer):
+            self._read_partial(part, call, index, answer)
             return
         key = (index, answer.calls_begun)
         answer.open_call(key, call.get("id"), call.get("name"))
@@ -2583,18 +2642,27 @@ class Gemini(Dialect):
         answer.close_call(key)
 
     def _read_partial(
-        self, key: Any, call: dict[str, Any], index: int, answer: Answer
+        self, part: dict[str, Any], call: dict[str, Any], index: int, answer: Answer
     ) -> None:
         """Vertex streams arguments as values at JSON paths; {} ends the call."""
-        arguments = answer.memory.setdefault(("arguments", key), {})
+        if call.get("name") or "partial" not in answer.memory:
+            first = {k: v for k, v in call.items() if k in ("name", "id")}
+            whole = {**part, "functionCall": first}
+            key = (index, answer.calls_begun)
+            answer.memory["partial"] = (key, whole, _PartialArguments(answer.limits))
+            answer.open_call(key, call.get("id"), call.get("name"))
+        key, whole, arguments = answer.memory["partial"]
         for piece in _dicts(call.get("partialArgs"), answer):
-            _set_partial(arguments, piece)
+            arguments.add(piece)
         if call.get("willContinue"):
             answer.advance()
             return
-        answer.call_arguments(key, jsonlib.dumps(arguments), index)
-        answer.close_call(key)
         del answer.memory["partial"]
+        whole["functionCall"]["args"] = arguments.whole()
+        if index == 0 and len(answer.parts) < _MOST_PARTS:
+            answer.parts.append(whole)
+        answer.call_arguments(key, jsonlib.dumps(whole["functionCall"]["args"]), index)
+        answer.close_call(key)
 
     def message(self, answer: Answer, text: str) -> Any:
         parts = [
@@ -2623,24 +2691,67 @@ class Gemini(Dialect):
         if not isinstance(contents, list) or not contents:
             return None
         new = [self._content({"role": r, "content": t}) for r, t in turns]
+        last = _dict(contents[-1])
+        if last.get("role") == new[0]["role"] and isinstance(last.get("parts"), list):
+            new[0] = {**last, "parts": last["parts"] + new[0]["parts"]}
+            contents = contents[:-1]
         return {**body, "contents": contents + new}
 
 
-def _set_partial(arguments: dict[str, Any], piece: dict[str, Any]) -> None:
-    """Set, or lengthen, the value at a path such as ``$.days[0].name``."""
-    path = re.findall(r"[^.\[\]$'\"]+", str(piece.get("jsonPath") or ""))
-    values = [k for k in piece if k.endswith("Value")]
-    if not path or len(path) > 100 or not values:
-        return
-    node: dict[str, Any] = arguments
-    for step in path[:-1]:
-        node = node.setdefault(step, {})
-        if not isinstance(node, dict):
+_PATH_STEP = re.compile(r"\[(\d+)\]|\[['\"](.*?)['\"]\]|([^.\[\]$]+)")
+
+
+class _PartialArguments:
+    """Arguments that come as values at paths such as ``$.days[0].name``."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._values: dict[str, Any] = {}
+
+    def add(self, piece: dict[str, Any]) -> None:
+        """Set the value at a path; a string is lengthened."""
+        path = str(piece.get("jsonPath") or "")
+        name = next((key for key in piece if key.endswith("Value")), None)
+        if name is None or (path not in self._values and self._is_full):
             return
-    value = None if values[0] == "nullValue" else piece[values[0]]
-    known = node.get(path[-1])
-    both = isinstance(known, str) and isinstance(value, str)
-    node[path[-1]] = str(known) + str(value) if both else value
+        value = None if name == "nullValue" else piece[name]
+        if isinstance(value, str):
+            if not isinstance(self._values.get(path), TextBuffer):
+                self._values[path] = TextBuffer(self._limits.text)
+            self._values[path].add(value)
+        else:
+            self._values[path] = value
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._values) >= _MOST_PARTS
+
+    def whole(self) -> dict[str, Any]:
+        """The arguments as one object."""
+        arguments: dict[str, Any] = {}
+        for path, value in self._values.items():
+            value = value.text if isinstance(value, TextBuffer) else value
+            steps = [
+                int(number) if number else quoted or name
+                for number, quoted, name in _PATH_STEP.findall(path)
+            ]
+            node: Any = arguments
+            for place, step in enumerate(steps[:-1], 1):
+                node = _put(node, step, [] if isinstance(steps[place], int) else {})
+            if steps:
+                _put(node, steps[-1], value)
+        return arguments
+
+
+def _put(node: Any, step: int | str, value: Any) -> Any:
+    """The value at a step into an object or array; put there if there is none."""
+    if isinstance(node, dict) and isinstance(step, str):
+        return node.setdefault(step, value)
+    if isinstance(node, list) and isinstance(step, int) and step <= len(node):
+        if step == len(node):  # arrays come in order
+            node.append(value)
+        return node[step]
+    return None
 
 
 class Cohere(Dialect):
@@ -2683,9 +2794,7 @@ class Cohere(Dialect):
         elif kind == "tool-call-end":
             answer.close_call(str(chunk.get("index")))
         elif kind == "tool-plan-delta":
-            plan = message.get("tool_plan")
-            plans = answer.memory.setdefault("plan", TextBuffer(answer.limits.text))
-            plans.add(plan if isinstance(plan, str) else "")
+            self._read_plan(message, answer)
             answer.advance()
         elif kind == "message-end":
             self._read_end(delta, answer)
@@ -2693,11 +2802,19 @@ class Cohere(Dialect):
     def read_whole(self, document: dict[str, Any], answer: Answer) -> None:
         answer.identify(document.get("id"), None)
         message = _dict(document.get("message"), answer)
+        self._read_plan(message, answer)
         for part in _dicts(message.get("content"), answer):
             self._read_content(part, answer)
         for number, call in enumerate(_dicts(message.get("tool_calls"), answer)):
             self._read_call(str(number), call, answer)
         self._read_end(document, answer)
+
+    def _read_plan(self, message: dict[str, Any], answer: Answer) -> None:
+        """What it says before it calls tools: the next turn needs it, no reader."""
+        plan = message.get("tool_plan")
+        if isinstance(plan, str) and plan:
+            plans = answer.memory.setdefault("plan", TextBuffer(answer.limits.text))
+            plans.add(plan)
 
     def _read_content(self, content: dict[str, Any], answer: Answer) -> None:
         answer.reasoning(content.get("thinking"))
@@ -2722,6 +2839,8 @@ class Cohere(Dialect):
 
     def message(self, answer: Answer, text: str) -> Any:
         message = OpenAI.message(cast(OpenAI, self), answer, text)
+        if message["content"] is None:
+            del message["content"]
         plan = answer.memory.get("plan")
         return {**message, "tool_plan": plan.text} if plan else message
 
@@ -2752,11 +2871,13 @@ class Ollama(Dialect):
 
     def named_url(self, value: str) -> str:
         """OLLAMA_HOST is the server's address to listen at, often without scheme."""
-        url = value if "://" in value else "http://" + value
-        parts = urlsplit(url.replace("//0.0.0.0", "//127.0.0.1"))
-        if parts.port is None and parts.scheme == "http":
-            parts = parts._replace(netloc=parts.netloc + ":11434")
-        return urlunsplit(parts)
+        parts = urlsplit(value if "://" in value else "//" + value)
+        netloc = parts.netloc.replace("0.0.0.0", "127.0.0.1")
+        if netloc.startswith(":"):
+            netloc = "127.0.0.1" + netloc
+        if not parts.scheme and parts.port is None:
+            netloc += ":11434"
+        return urlunsplit((parts.scheme or "http", netloc, parts.path, "", ""))
 
     def read(self, chunk: dict[str, Any], answer: Answer, event: str) -> None:
         answer.identify(None, chunk.get("model"))
@@ -2797,7 +2918,10 @@ class Ollama(Dialect):
         if answer.side_text("reasoning"):
             message["thinking"] = answer.side_text("reasoning")
         calls = [
-            {"function": {"name": c.name, "arguments": parse_json(c.arguments)}}
+            {
+                **({"id": c.id} if c.id else {}),
+                "function": {"name": c.name, "arguments": parse_json(c.arguments)},
+            }
             for c in answer.tool_calls()
         ]
         return {**message, "tool_calls": calls} if calls else message
@@ -2874,6 +2998,8 @@ class TGI(Dialect):
         answer.end()
 
     def prefill(self, body: dict[str, Any], text: str) -> dict[str, Any] | None:
+        if not isinstance(body.get("inputs"), str):
+            return None
         return {**body, "inputs": body["inputs"] + text}
 
     def add_turns(
@@ -4504,22 +4630,28 @@ class _Prompt(NamedTuple):
         if action not in ("continue", "ask"):
             return self._post(self.url, self.body, action), None
         sent = text.rstrip() if self.dialect.strips_prefix else text
-        body = self._resumed_body(action, sent)
+        body = self._resumed_body(action, sent, answer.side_text("reasoning"))
         if body is None:
             raise IncompleteStreamError(
                 f"the dialect {self.dialect.name!r} cannot {action} this answer"
             )
+        if action == "ask":
+            return self._post(self.url, body, action), AskSeam(text)
         url = self.dialect.resume_url(self.url)
-        seam = AskSeam(text) if action == "ask" else ContinueSeam(text, sent)
-        return self._post(url, body, action), seam
+        return self._post(url, body, action), ContinueSeam(text, sent)
 
-    def _resumed_body(self, action: str, text: str) -> dict[str, Any] | None:
+    def _resumed_body(
+        self, action: str, text: str, reasoning: str
+    ) -> dict[str, Any] | None:
         if action == "ask":
             turns = [("assistant", text), ("user", _ASK)]
             return self.dialect.add_turns(self.body, turns)
         if callable(self.resume):
             return self.resume(copy.deepcopy(self.body), text)
-        return self.dialect.prefill(self.body, text) if text else None
+        body = self.dialect.prefill(self.body, text) if text else None
+        if body is None or not reasoning:
+            return body
+        return self.dialect.add_reasoning(body, reasoning)
 
     def can_continue(self, text: str) -> bool:
         """Whether the dialect surely continues this text."""
@@ -5527,7 +5659,8 @@ def _address(
         api_key = _checked_key(api_key)
     if api_key is None and trusted and not has_auth:
         api_key = _environment(dialect.key_names)
-    needed = dialect.needs_key or (trusted and url.startswith("https:"))
+    own_is_remote = (dialect.base_url or "").startswith("https:")
+    needed = dialect.needs_key or (trusted and own_is_remote and url[:6] == "https:")
     if api_key is None and needed and dialect.key_names and not has_auth:
         raise ValueError(
             "no key: pass api_key=..., or set {}{}".format(

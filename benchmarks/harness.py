@@ -105,9 +105,12 @@ class Bench:
             raise PeerError(f"{peer} lost text: {report['seen'][:3]}, not {wanted}")
         return {**report, "stderr": done.stderr}
 
-    def cpu_per_delta(self, shape: str, count: int, peer: str) -> float:
+    def cpu_per_delta(
+        self, shape: str, count: int, peer: str, pace: float = 0
+    ) -> float:
         """CPU seconds per delta of one whole stream, the client warmed up before."""
-        report = self.client(peer, shape, count, "--warm", self.url(shape, 100))
+        warm = ("--warm", self.url(shape, 100))
+        report = self.client(peer, shape, count, *warm, pace=pace)
         return float(report["cpu"]) / count
 
     def interleave(
@@ -139,6 +142,7 @@ class Bench:
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a command, bounded in time, with what must not vary held still."""
     environment = {**os.environ, "PYTHONHASHSEED": "0", "NO_PROXY": "*"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # nobody compiles at each import
     return subprocess.run(
         command,
         check=False,

@@ -1,32 +1,101 @@
-"""A scripted, faulty LLM server, to test a streaming client against everything that goes wrong.
+"""A scripted, faulty LLM server, to test a streaming client against what goes wrong.
 
-It speaks the streaming protocols of the usual providers on the loopback interface, tells one known text, and breaks on
-request: at a byte, at an event, in the HTTP framing, in the headers, in the protocol. It is made of raw sockets,
-because an HTTP library would not let it misbehave, and of the standard library alone::
+It speaks the streaming protocols of the usual providers on the loopback interface,
+tells one known text, and breaks on request: at a byte, at an event, in the HTTP
+framing, in the headers, in the protocol. It is made of raw sockets, because an HTTP
+library would not let it misbehave, and of the standard library alone::
 
     import requests
     from flaky_server import FlakyServer
 
-    with FlakyServer(text="Once upon a time ...", script=["drop:200", "stall", "ok"]) as server:
+    with FlakyServer(text="Once upon a time ...", script=["drop:200", "ok"]) as server:
         url = server.url + "/v1/chat/completions"
-        reply = requests.post(url, json={"model": "m", "messages": [], "stream": True}, stream=True)
-        print(reply.content)             # ChunkedEncodingError: cut after 200 bytes of the body
-        print(server.requests[0].json)   # what the client had asked
+        body = {"model": "m", "messages": [], "stream": True}
+        try:
+            print(requests.post(url, json=body).text)
+        except requests.exceptions.ChunkedEncodingError as error:
+            print(error)  # cut after 200 bytes of the body
+        print(requests.post(url, json=body).text)  # the whole answer
+        print(server.requests[0].json)  # what the client had asked
 
     $ python flaky_server.py --port 8000 --script drop:200,stall,ok --loop
     $ python flaky_server.py --list
 
-Each request takes the next fault of the script, in order of arrival; past its end all goes well. A fault is written
-``name`` or ``name:argument``; several are joined with ``+`` and applied from left to right, as in
-``"pings+drop:120"``; a function ``(connection, request) -> None`` answers by itself. Bytes are those of the body before
-HTTP framing or compression; an event is whatever the protocol ends with a blank line (or a line, in NDJSON). A count
-of bytes that is left out is 400, a count of events is 3, and a cut beyond the end of the answer happens at its end.
+Each request takes the next fault of the script, in order of arrival; past its end all
+goes well. A fault is written ``name`` or ``name:argument``; several are joined with
+``+`` and applied from left to right, as in ``"pings+drop:120"``; a function
+``(connection, request) -> None`` answers by itself. Bytes are those of the body before
+HTTP framing or compression; an event is what the protocol ends with a blank line (or a
+line, in NDJSON). A count of bytes that is left out is 400, a count of events is 3, and
+a cut beyond the end of the answer happens at its end.
 
-The paths, below any prefix: ``/chat/completions``, ``/completions``, ``/responses`` (with background reattachment),
-``/messages`` (Anthropic), ``/api/chat`` and ``/api/generate`` (Ollama), ``/models/M:streamGenerateContent`` (Gemini),
-``/v2/chat`` (Cohere), ``/generate_stream`` (TGI) and ``/events`` (plain server-sent events with IDs).
+The paths, below any prefix: ``/chat/completions``, ``/completions``, ``/responses``
+(with background reattachment), ``/messages`` (Anthropic), ``/api/chat`` and
+``/api/generate`` (Ollama), ``/models/M:streamGenerateContent`` (Gemini), ``/v2/chat``
+(Cohere), ``/generate_stream`` (TGI) and ``/events`` (server-sent events with IDs).
 
-@FAULT TABLE@
+==================== ===================================================================
+ok                   The good answer.
+drop:N               FIN after N bytes of the body, at the end of a chunk.
+drop-event:N         FIN after N events.
+drop-chunk:N         FIN after N bytes, within a chunk that announced more.
+reset:N              RST after N bytes of the body.
+reset-event:N        RST after N events.
+end:N                The framing ends properly after N bytes: a truncation that HTTP
+                     does not show.
+end-event:N          The framing ends properly after N events.
+bad-chunk:N          After N events the length of a chunk is no number; then FIN.
+stall:N              N bytes of the body, then silence until the client leaves.
+stall-event:N        N events, then silence until the client leaves.
+slow-first:SECONDS   Headers at once, the body after SECONDS.
+drip:SECONDS         One byte per write, SECONDS apart.
+pings:N              N comments before each event (empty lines in NDJSON).
+ping-forever:N       After N events only comments, every 20 ms, without end.
+drip-forever:N       After N events one byte of an unfinished comment line every 20 ms
+                     (of white space in NDJSON).
+empty-deltas:N       After N events deltas with an empty text every 20 ms, without end.
+no-done              All but the end marker.
+no-finish            All but the finish reason.
+finish-then-stall    Silence right after the finish reason.
+finish-then-reset    RST right after the finish reason.
+finish-then-error    An error event right after the finish reason, then the end.
+done-then-open       The whole answer, but neither the framing nor the connection ends.
+error-event:N        After N events the protocol's error event (overloaded), then the
+                     end.
+error-event-done:N   The same, then ``data: [DONE]`` and the end.
+fatal-error:N        After N events the same for an invalid request, then the end.
+named-error:N        After N events an ``event: error`` with the error, as Groq sends
+                     it, then the end.
+stray-error:N        After N events a field ``error: {...}`` (old llama.cpp), then the
+                     end.
+bare-error:N         After N events a JSON error over several lines without ``data:``,
+                     as Google sends it, then the end.
+malformed:N          After N events a delta whose JSON is broken off, and the good
+                     answer goes on.
+garbage:N            After N events a harmless line of data that is no JSON, and the
+                     good answer goes on.
+different            Quite another text; to be written before other faults.
+status:CODE          An HTTP error, with headers: ``status:429:retry-after=2``.
+quota                A 429 that no waiting cures: ``insufficient_quota``.
+html:CODE            The error page of a proxy with this status.
+json                 200 with the whole answer as ``application/json``, as from a server
+                     that ignores ``stream``.
+json-error           200 with an error as ``application/json``.
+empty                200 and a stream without a byte.
+redirect:URL         307 to this URL.
+refuse               The connection is closed without a byte.
+no-http              Something that is not HTTP, then FIN.
+header-cut           FIN within the header block.
+headers-stall        Half of the header block, then silence until the client leaves.
+headers-drip:SECONDS The header block byte by byte, SECONDS apart; then the good answer.
+endless-line         One line of data that never ends, as fast as it is read.
+endless-event        One event without end: lines, never a blank one (empty NDJSON
+                     objects).
+endless-answer       Good deltas of text that never end, as fast as they are read.
+empty-events         A flood of blank lines and of events without data.
+bomb                 An endless line, a thousand times larger than what is sent, by
+                     gzip.
+==================== ===================================================================
 """
 
 from __future__ import annotations
@@ -40,6 +109,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import zlib
@@ -62,35 +132,36 @@ __all__ = [
 ]
 
 STORY = (
-    "Once upon a time a stream ran down to the sea. “Will I arrive?” it asked the stones. "
-    "“In pieces,” said the stones, “but every drop of you.” So it went on: past the naïve frog 🐸, under the café bridge, "
-    "through dry summers and broken pipes.\n\nAnd whenever it was cut, it remembered where it had been, "
-    "and went on from there, and never said anything twice. 海に着いた。 The end."
+    "Once upon a time a stream ran down to the sea. “Will I arrive?” it asked the "
+    "stones. “In pieces,” said the stones, “but every drop of you.” So it went on: "
+    "past the naïve frog 🐸, under the café bridge, through dry summers and broken "
+    "pipes.\n\nAnd whenever it was cut, it remembered where it had been, and went on "
+    "from there, and never said anything twice. 海に着いた。 The end."
 )
-CREATED = 1700000000  # every answer claims this time, so that answers can be compared byte by byte
-TICK = (
-    0.02  # seconds between the bytes, comments or deltas of the faults that never end
-)
+CREATED = 1700000000  # the time in every answer, so that answers can be compared
+TICK = 0.02  # seconds between the bytes, comments and deltas that never end
 BYTES, EVENTS = 400, 3
+TIMED_OUT = socket.timeout  # an alias of TimeoutError since Python 3.10
 LINGER = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
 ENDLESS = 1 << 40  # the length announced for a body that does not end
 
 if TYPE_CHECKING:
     JSON = dict[str, Any]
-    Step = "Event | Raw | Pause | Stop"
     Steps = Iterable["Step"]
     Argument = Any  # what the converter of a fault made of the text after the colon
     FaultFunction = Callable[["Answer", Argument], None]
     Scripted = Callable[["Connection", "Request"], None]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Records
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 class Request:
-    """One request as it was received; ``query`` and ``headers`` are dicts, with the last value of a repeated name."""
+    """One request as it was received; ``query`` and ``headers`` are dicts, with the
+    last value of a repeated name.
+    """
 
     def __init__(
         self,
@@ -174,9 +245,21 @@ def one_of(name: str, value: object, known: Iterable[object]) -> None:
         )
 
 
-class Event(NamedTuple):
-    """Some bytes of the body. The kind says what they mean: start, delta, finish, usage, end, last (finish and end in
-    one), or other."""
+class Step:
+    """One thing that happens in an answer."""
+
+    def play(self, sender: Sender) -> None:
+        """Let it happen."""
+        raise NotImplementedError
+
+
+@dataclass
+class Event(Step):
+    """Some bytes of the body.
+
+    The kind says what they mean: start, delta, finish, usage, end, last (finish and end
+    in one), or other.
+    """
 
     data: bytes
     kind: str = "other"
@@ -185,7 +268,8 @@ class Event(NamedTuple):
         sender.write(self.data)
 
 
-class Raw(NamedTuple):
+@dataclass
+class Raw(Step):
     """Bytes that bypass the framing of the body."""
 
     data: bytes
@@ -194,7 +278,8 @@ class Raw(NamedTuple):
         sender.connection.send(self.data)
 
 
-class Pause(NamedTuple):
+@dataclass
+class Pause(Step):
     """Silence; ends early, and the connection with it, if the client leaves."""
 
     seconds: float
@@ -203,8 +288,11 @@ class Pause(NamedTuple):
         sender.connection.wait(self.seconds)
 
 
-class Stop(NamedTuple):
-    """The end of the connection: drop (FIN), reset (RST), or stall (silence until the client leaves)."""
+@dataclass
+class Stop(Step):
+    """The end of the connection: drop (FIN), reset (RST), or stall (silence until the
+    client leaves).
+    """
 
     how: str
 
@@ -216,9 +304,9 @@ class Closed(Exception):
     """The connection has ended, by whichever side; unwinds its thread."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Text and encoding
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 def dumps(value: object) -> str:
@@ -253,7 +341,9 @@ def overlap(prompt: str, text: str) -> str:
 
 
 def plain(content: object) -> str:
-    """Return the text of a message's content: a string, or a list of parts of which some have a text."""
+    """Return the text of a message's content: a string, or a list of parts of which
+    some have a text.
+    """
     if isinstance(content, list):
         return "".join(
             str(part.get("text") or "") for part in content if isinstance(part, dict)
@@ -262,7 +352,9 @@ def plain(content: object) -> str:
 
 
 def last_turn(messages: object, role: str = "assistant", key: str = "content") -> str:
-    """Return the text of the last message if it is the model's own: the prefix to continue."""
+    """Return the text of the last message if it is the model's own: the prefix to
+    continue.
+    """
     last = messages[-1] if isinstance(messages, list) and messages else None
     return (
         plain(last.get(key))
@@ -271,13 +363,15 @@ def last_turn(messages: object, role: str = "assistant", key: str = "content") -
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Protocols
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 class Trouble(NamedTuple):
-    """An error as the protocols need it: an HTTP status, and the names that OpenAI, Anthropic and Google give it."""
+    """An error as the protocols need it: an HTTP status, and the names that OpenAI,
+    Anthropic and Google give it.
+    """
 
     status: int
     openai: str
@@ -356,7 +450,9 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """One request, and what is said to it: *text* is what remains to be said, *whole* all of it."""
+    """One request, and what is said to it: *text* is what remains to be said, *whole*
+    all of it.
+    """
 
     request: Request
     options: Options
@@ -402,7 +498,7 @@ class Call:
         return f"{prefix}{self.request.number}"
 
     def sse(self, data: object, event: str = "", id: str = "") -> bytes:
-        """Encode one server-sent event; *data* is text as it is, or an object for JSON."""
+        """Encode one server-sent event; *data* is text, or an object for JSON."""
         eol = self.options.eol or self.protocol.eol
         text = data if isinstance(data, str) else dumps(data)
         lines = ["event: " + event] if event else []
@@ -416,7 +512,9 @@ class Call:
 
 
 class Protocol:
-    """One provider's streaming format: the good answer as events, and how it says that something went wrong."""
+    """One provider's streaming format: the good answer as events, and how it says that
+    something went wrong.
+    """
 
     name = ""
     path = ""  # a regular expression, matched at the end of the path
@@ -425,7 +523,9 @@ class Protocol:
     eol = "\n"
 
     def prefix(self, body: JSON, text: str) -> str:
-        """Return the part of the answer that the request already has and asks to continue."""
+        """Return the part of the answer that the request already has and asks to
+        continue.
+        """
         return ""
 
     def refuses(self, call: Call, prefix: str) -> str:
@@ -436,6 +536,9 @@ class Protocol:
             else ""
         )
 
+    def content_type(self, request: Request) -> str:
+        return self.media
+
     def wants_stream(self, request: Request) -> bool:
         return request.fields.get("stream") is True
 
@@ -444,7 +547,7 @@ class Protocol:
         raise NotImplementedError
 
     def whole(self, call: Call) -> JSON:
-        """Return the good answer as one object, for a request that asks for no stream."""
+        """Return the good answer as one object, for who asks for no stream."""
         raise NotImplementedError
 
     def delta(self, call: Call, text: str) -> Event:
@@ -468,10 +571,14 @@ class Protocol:
 
 
 class OpenAIChat(Protocol):
-    """Chat Completions; the further choices of ``n`` get each piece backwards, so that none is taken for another."""
+    """Chat Completions; the further choices of ``n`` get each piece backwards, so that
+    none is taken for another.
+    """
 
     name = "openai"
     path = "/chat/completions"
+    id_prefix = "chatcmpl-"
+    chunk_object = "chat.completion.chunk"
 
     def prefix(self, body: JSON, text: str) -> str:
         return last_turn(body.get("messages"))
@@ -533,8 +640,8 @@ class OpenAIChat(Protocol):
         self, call: Call, choices: list[JSON], kind: str, **fields: object
     ) -> Event:
         chunk: JSON = {
-            "id": call.id("chatcmpl-"),
-            "object": "chat.completion.chunk",
+            "id": call.id(self.id_prefix),
+            "object": self.chunk_object,
             "created": CREATED,
             "model": call.model,
             "choices": choices,
@@ -583,7 +690,7 @@ class OpenAIChat(Protocol):
             "finish_reason": "tool_calls" if call.tools else "stop",
         }
         return {
-            "id": call.id("chatcmpl-"),
+            "id": call.id(self.id_prefix),
             "object": "chat.completion",
             "created": CREATED,
             "model": call.model,
@@ -593,10 +700,14 @@ class OpenAIChat(Protocol):
 
 
 class OpenAICompletions(OpenAIChat):
-    """Legacy Completions: the prompt is continued where it ends with the beginning of the text."""
+    """Legacy Completions: the prompt is continued where it ends with the beginning of
+    the text.
+    """
 
     name = "openai-completions"
     path = "/completions"
+    id_prefix = "cmpl-"
+    chunk_object = "text_completion"
 
     def prefix(self, body: JSON, text: str) -> str:
         return overlap(str(body.get("prompt") or ""), text)
@@ -613,15 +724,12 @@ class OpenAICompletions(OpenAIChat):
 
     def delta(self, call: Call, text: str) -> Event:
         return self.chunk(
-            call,
-            [{"index": 0, "text": text, "finish_reason": None}],
-            "delta",
-            object="text_completion",
+            call, [{"index": 0, "text": text, "finish_reason": None}], "delta"
         )
 
     def whole(self, call: Call) -> JSON:
         return {
-            "id": call.id("cmpl-"),
+            "id": call.id(self.id_prefix),
             "object": "text_completion",
             "created": CREATED,
             "model": call.model,
@@ -631,7 +739,9 @@ class OpenAICompletions(OpenAIChat):
 
 
 class OpenAIResponses(Protocol):
-    """Responses; one that was created in the background can be read again from any sequence number."""
+    """Responses; one that was created in the background can be read again from any
+    sequence number.
+    """
 
     name = "openai-responses"
     path = r"/responses|/responses/[^/]+(?:/cancel)?"
@@ -869,7 +979,9 @@ class OpenAIResponses(Protocol):
 
 
 class Anthropic(Protocol):
-    """Messages; a trailing assistant message is prefill, and is refused if it ends in white space."""
+    """Messages; a trailing assistant message is prefill, and is refused if it ends in
+    white space.
+    """
 
     name = "anthropic"
     path = "/messages"
@@ -999,7 +1111,9 @@ class Anthropic(Protocol):
 
 
 class Ollama(Protocol):
-    """Ollama's chat: NDJSON, streamed unless told otherwise; a trailing assistant message is continued."""
+    """Ollama's chat: NDJSON, streamed unless told otherwise; a trailing assistant
+    message is continued.
+    """
 
     name = "ollama"
     path = "/api/chat"
@@ -1073,7 +1187,9 @@ class Ollama(Protocol):
 
 
 class OllamaGenerate(Ollama):
-    """Ollama's generate: a prompt that ends with the beginning of the text is continued."""
+    """Ollama's generate: a prompt that ends with the beginning of the text is
+    continued.
+    """
 
     name = "ollama-generate"
     path = "/api/generate"
@@ -1091,7 +1207,9 @@ class OllamaGenerate(Ollama):
 
 
 class Gemini(Protocol):
-    """Gemini: events with CRLF for ``alt=sse``, else one JSON array; the finish reason is the only end marker."""
+    """Gemini: events with CRLF for ``alt=sse``, else one JSON array; the finish reason
+    is the only end marker.
+    """
 
     name = "gemini"
     path = "/models/[^/]+:(?:stream)?[gG]enerateContent"
@@ -1104,19 +1222,24 @@ class Gemini(Protocol):
         return request.path.endswith(":streamGenerateContent")
 
     def events(self, call: Call) -> Iterator[Event]:
-        yield from (
-            self.chunk(call, [{"text": piece, "thought": True}])
-            for piece in call.thoughts
-        )
-        yield from (self.chunk(call, [{"text": piece}]) for piece in call.pieces)
+        array = self.is_array(call.request)
+        if array:
+            yield Event(b"[", "start")
+        for thought in call.thoughts:
+            yield self.chunk(call, [{"text": thought, "thought": True}])
+        for piece in call.pieces:
+            yield self.delta(call, piece)
         if call.tools:
             yield self.chunk(call, self.calls(call))
         yield self.chunk(call, [{"text": ""}], "STOP", "finish")
-        if not self.is_sse(call):
+        if array:
             yield Event(b"]", "end")
 
-    def is_sse(self, call: Call) -> bool:
-        return call.request.query.get("alt") == "sse"
+    def is_array(self, request: Request) -> bool:
+        return request.query.get("alt") != "sse"
+
+    def content_type(self, request: Request) -> str:
+        return "application/json" if self.is_array(request) else self.media
 
     def calls(self, call: Call) -> list[JSON]:
         return [
@@ -1133,12 +1256,10 @@ class Gemini(Protocol):
         self, call: Call, parts: list[JSON], finish: str = "", kind: str = "delta"
     ) -> Event:
         data = self.answer(call, parts, finish)
-        if self.is_sse(call):
+        if not self.is_array(call.request):
             return Event(call.sse(data), kind)
-        opening = ",\r\n" if next(call.counter) else "["
-        return Event(
-            (opening + json.dumps(data, indent=2)).encode("utf-8") + b"\n", kind
-        )
+        text = json.dumps(data, indent=2) + ("\n" if finish else "\n,\r\n")
+        return Event(text.encode("utf-8"), kind)
 
     def answer(self, call: Call, parts: list[JSON], finish: str) -> JSON:
         candidate: JSON = {"content": {"parts": parts, "role": "model"}, "index": 0}
@@ -1180,7 +1301,9 @@ class Gemini(Protocol):
 
 
 class Cohere(Protocol):
-    """Cohere's chat, version 2; a trailing assistant message is continued, which the real one does not promise."""
+    """Cohere's chat, version 2; a trailing assistant message is continued, which the
+    real one does not promise.
+    """
 
     name = "cohere"
     path = "/v2/chat"
@@ -1296,7 +1419,9 @@ class Cohere(Protocol):
 
 
 class TextGeneration(Protocol):
-    """TGI: the input is continued where it ends with the beginning of the text; no space after ``data:``."""
+    """TGI: the input is continued where it ends with the beginning of the text; no
+    space after ``data:``.
+    """
 
     name = "tgi"
     path = "/generate_stream|/generate"
@@ -1355,9 +1480,10 @@ class TextGeneration(Protocol):
 
 
 class PlainEvents(Protocol):
-    """Server-sent events whose data are the pieces of the text, numbered from 1, to be resumed by Last-Event-ID.
+    """Server-sent events whose data are the pieces of the text.
 
-    A client that comes again after the last one gets 204, which means: come no more.
+    They are numbered from 1, and resumed after ``Last-Event-ID``. A client that comes
+    again after the last one gets 204, which means: come no more.
     """
 
     name = "events"
@@ -1411,22 +1537,22 @@ PROTOCOLS: Sequence[Protocol] = (
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Faults
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 class Answer:
-    """What goes over the wire in reply to one call: a head, and the steps that make the body. Faults rewrite it."""
+    """What goes over the wire in reply to one call: a head, and the steps that make the
+    body. Faults rewrite it.
+    """
 
-    def __init__(
-        self, call: Call, steps: Steps, status: int = 200, media: str = ""
-    ) -> None:
-        self.call, self.steps, self.status = call, steps, status
-        self.headers = {
-            "Content-Type": media or call.protocol.media,
-            "Cache-Control": "no-cache",
-        }
+    def __init__(self, call: Call) -> None:
+        media = call.protocol.content_type(call.request)
+        self.call, self.status = call, 200
+        self.steps: Steps = []
+        self.headers = {"Content-Type": media, "Cache-Control": "no-cache"}
+        self.is_sse = "event-stream" in media
         self.framing = call.options.framing
         self.endless = False
         self.head: Callable[[bytes], Steps] = lambda head: [Raw(head)]
@@ -1441,7 +1567,8 @@ class Answer:
         self.headers["Content-Type"] = media
 
     def json(self, status: int, body: object) -> None:
-        self.plain(status, dumps(body).encode("utf-8"), "application/json")
+        data = b"" if body is None else dumps(body).encode("utf-8")
+        self.plain(status, data, "application/json")
 
     def flood(self, steps: Steps) -> None:
         """Become an answer of *steps* that never end."""
@@ -1465,7 +1592,9 @@ def fault(
     convert: Callable[[str], Argument] = int,
     default: Argument = None,
 ) -> Callable[[FaultFunction], FaultFunction]:
-    """Enter a function in the table of faults under ``name`` or ``name:ARGUMENT``; without *default*, it is needed."""
+    """Enter a function in the table of faults under ``name`` or ``name:ARGUMENT``;
+    without *default*, it is needed.
+    """
 
     def enter(function: FaultFunction) -> FaultFunction:
         FAULTS[usage.partition(":")[0]] = Fault(usage, function, convert, default)
@@ -1475,20 +1604,22 @@ def fault(
 
 
 def fault_table() -> str:
-    """Return the table of faults as reStructuredText."""
-    rows = [
-        (row.usage, " ".join((row.apply.__doc__ or "").split()))
-        for row in FAULTS.values()
-    ]
-    first = max(len(name) for name, _ in rows)
-    second = max(len(text) for _, text in rows)
-    rule = "{} {}".format("=" * first, "=" * second)
-    lines = [f"{name.ljust(first)} {text}" for name, text in rows]
-    return "\n".join([rule, *lines, rule])
+    """Return the table of faults in reStructuredText."""
+    first = max(len(row.usage) for row in FAULTS.values())
+    second = 87 - first
+    rule = "=" * first + " " + "=" * second
+    lines = [rule]
+    for row in FAULTS.values():
+        text = textwrap.wrap(" ".join((row.apply.__doc__ or "").split()), second)
+        names = [row.usage, *[""] * (len(text) - 1)]
+        lines += [f"{name:{first}} {part}" for name, part in zip(names, text)]
+    return "\n".join([*lines, rule])
 
 
 def parse_fault(text: str) -> Callable[[Answer], None]:
-    """Compile ``name:argument+name:argument`` to one function; unknown names and bad arguments are ValueErrors."""
+    """Compile ``name:argument+name:argument`` to one function; unknown names and bad
+    arguments are ValueErrors.
+    """
     parts = [compile_fault(part) for part in re.split(r"\+(?=[a-z])", text)]
 
     def apply(answer: Answer) -> None:
@@ -1528,12 +1659,14 @@ def first_bytes(steps: Steps, count: int) -> Iterator[Step]:
             count -= len(step.data)
         else:
             if count:
-                yield step._replace(data=step.data[:count])
+                yield Event(step.data[:count], step.kind)
             return
 
 
 def first_events(steps: Steps, count: int) -> Iterator[Step]:
-    """Yield the steps of the first *count* events, and take no more from *steps*, so that the rest can follow."""
+    """Yield the steps of the first *count* events, and take no more from *steps*, so
+    that the rest can follow.
+    """
     if count < 1:
         return
     for step in steps:
@@ -1579,16 +1712,20 @@ def for_ever(answer: Answer, count: int, event: Event) -> None:
 
 
 def line(answer: Answer, text: str) -> Event:
-    """Return a line of the body as it is, with the line end of the protocol, and another one in an event stream."""
+    """Return a line of the body as it is, with the line end of the protocol, and
+    another one in an event stream.
+    """
     call = answer.call
     eol = call.options.eol or call.protocol.eol
-    ending = eol if "ndjson" in call.protocol.media else eol + eol
+    ending = eol + eol if answer.is_sse else eol
     return Event((text.replace("\n", eol) + ending).encode("utf-8"))
 
 
 def comment(answer: Answer, text: str = ": ping") -> Event:
-    """Return a keep-alive: a comment, or an empty line where the protocol has no comments."""
-    return line(answer, "" if "ndjson" in answer.call.protocol.media else text)
+    """Return a keep-alive: a comment, or an empty line where the protocol has no
+    comments.
+    """
+    return line(answer, text if answer.is_sse else "")
 
 
 # Cuts
@@ -1706,10 +1843,10 @@ def ping_forever(answer: Answer, count: int) -> None:
 
 @fault("drip-forever:N", default=EVENTS)
 def drip_forever(answer: Answer, count: int) -> None:
-    """After N events one byte of an unfinished comment line every 20 ms (of white space in NDJSON)."""
-    start, byte = (
-        (b"", b" ") if "ndjson" in answer.call.protocol.media else (b":", b"-")
-    )
+    """After N events one byte of an unfinished comment line every 20 ms (of white space
+    in NDJSON).
+    """
+    start, byte = (b":", b"-") if answer.is_sse else (b"", b" ")
     inserted(answer, count, Event(start))
     for_ever(answer, count + 1, Event(byte))
 
@@ -1720,7 +1857,7 @@ def empty_deltas(answer: Answer, count: int) -> None:
     for_ever(
         answer,
         count,
-        answer.call.protocol.delta(answer.call, "")._replace(kind="other"),
+        Event(answer.call.protocol.delta(answer.call, "").data),
     )
 
 
@@ -1769,13 +1906,13 @@ def done_then_open(answer: Answer, _: Argument) -> None:
 
 @fault("error-event:N", default=EVENTS)
 def error_event(answer: Answer, count: int) -> None:
-    """After N events the protocol's error event for an overloaded server, then the end."""
+    """After N events the protocol's error event (overloaded), then the end."""
     cut(answer, count, answer.call.protocol.error_event(answer.call, OVERLOADED))
 
 
 @fault("error-event-done:N", default=EVENTS)
 def error_event_done(answer: Answer, count: int) -> None:
-    """The same, followed by ``data: [DONE]``."""
+    """The same, then ``data: [DONE]`` and the end."""
     cut(
         answer,
         count,
@@ -1786,13 +1923,15 @@ def error_event_done(answer: Answer, count: int) -> None:
 
 @fault("fatal-error:N", default=EVENTS)
 def fatal_error(answer: Answer, count: int) -> None:
-    """After N events the protocol's error event for an invalid request, then the end."""
+    """After N events the same for an invalid request, then the end."""
     cut(answer, count, answer.call.protocol.error_event(answer.call, INVALID))
 
 
 @fault("named-error:N", default=EVENTS)
 def named_error(answer: Answer, count: int) -> None:
-    """After N events an ``event: error`` with the error, as Groq sends it, then the end."""
+    """After N events an ``event: error`` with the error, as Groq sends it, then the
+    end.
+    """
     cut(
         answer,
         count,
@@ -1802,7 +1941,7 @@ def named_error(answer: Answer, count: int) -> None:
 
 @fault("stray-error:N", default=EVENTS)
 def stray_error(answer: Answer, count: int) -> None:
-    """After N events a field ``error: {...}``, as old llama.cpp sends it, then the end."""
+    """After N events a field ``error: {...}`` (old llama.cpp), then the end."""
     error = {
         "code": 500,
         "message": "The server is overloaded, try again.",
@@ -1813,7 +1952,9 @@ def stray_error(answer: Answer, count: int) -> None:
 
 @fault("bare-error:N", default=EVENTS)
 def bare_error(answer: Answer, count: int) -> None:
-    """After N events a JSON error over several lines without ``data:``, as Google sends it, then the end."""
+    """After N events a JSON error over several lines without ``data:``, as Google sends
+    it, then the end.
+    """
     error = {
         "error": {
             "code": 503,
@@ -1833,7 +1974,9 @@ def malformed(answer: Answer, count: int) -> None:
 
 @fault("garbage:N", default=EVENTS)
 def garbage(answer: Answer, count: int) -> None:
-    """After N events a harmless line of data that is no JSON, and the good answer goes on."""
+    """After N events a harmless line of data that is no JSON, and the good answer goes
+    on.
+    """
     inserted(answer, count, line(answer, "data: hello from the proxy"))
 
 
@@ -1855,9 +1998,9 @@ def parse_status(text: str) -> tuple[int, dict[str, str]]:
     return int(code), dict(header.partition("=")[::2] for header in headers)
 
 
-@fault("status:CODE[:HEADER=VALUE]", parse_status)
+@fault("status:CODE", parse_status)
 def status(answer: Answer, argument: tuple[int, dict[str, str]]) -> None:
-    """An HTTP error with the protocol's JSON body, as in ``status:429:retry-after=2``."""
+    """An HTTP error, with headers: ``status:429:retry-after=2``."""
     code, headers = argument
     answer.json(code, answer.call.protocol.error(trouble_of(code)))
     answer.headers.update(headers)
@@ -1873,13 +2016,16 @@ def quota(answer: Answer, _: Argument) -> None:
 def html(answer: Answer, code: int) -> None:
     """The error page of a proxy with this status."""
     title = "{} {}".format(code, REASONS.get(code, "Unknown"))
-    page = f"<html>\n<head><title>{title}</title></head>\n<body><h1>{title}</h1><hr>proxy</body>\n</html>\n"
+    head = f"<html>\n<head><title>{title}</title></head>\n"
+    page = head + f"<body><h1>{title}</h1><hr>proxy</body>\n</html>\n"
     answer.plain(code, page.encode("utf-8"), "text/html; charset=utf-8")
 
 
 @fault("json")
 def whole_json(answer: Answer, _: Argument) -> None:
-    """200 with the whole answer as ``application/json``, as from a server that ignores ``stream``."""
+    """200 with the whole answer as ``application/json``, as from a server that ignores
+    ``stream``.
+    """
     answer.json(200, answer.call.protocol.whole(answer.call))
 
 
@@ -1953,12 +2099,8 @@ def endless_line(answer: Answer, _: Argument) -> None:
 
 @fault("endless-event")
 def endless_event(answer: Answer, _: Argument) -> None:
-    """One event of lines that never end with a blank one (of empty objects in NDJSON)."""
-    text = (
-        b"{}\n"
-        if "ndjson" in answer.call.protocol.media
-        else b"data: another line of the same event\n"
-    )
+    """One event without end: lines, never a blank one (empty NDJSON objects)."""
+    text = b"data: another line of the same event\n" if answer.is_sse else b"{}\n"
     answer.flood(itertools.repeat(Event(text * 1000)))
 
 
@@ -1985,9 +2127,9 @@ def bomb(answer: Answer, _: Argument) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # HTTP framing
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 class Sender:
@@ -2068,7 +2210,9 @@ FRAMINGS: dict[str, tuple[type[Sender], dict[str, str]]] = {
 
 
 def measure(answer: Answer) -> int:
-    """Return the length to announce: that of the steps, or more than they are if they do not end well."""
+    """Return the length to announce: that of the steps, or more than they are if they
+    do not end well.
+    """
     if answer.endless:
         return ENDLESS
     answer.steps = steps = list(answer.steps)
@@ -2135,13 +2279,15 @@ def send_answer(connection: Connection, answer: Answer) -> bool:
     return persistent
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Connections
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 class Connection:
-    """One accepted TCP connection. Its methods raise :exc:`Closed` once either side has ended it."""
+    """One accepted TCP connection. Its methods raise :exc:`Closed` once either side has
+    ended it.
+    """
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self.sock, self.deadline = sock, deadline
@@ -2177,7 +2323,7 @@ class Connection:
         try:
             self.sock.settimeout(max(timeout, 0.001))
             data = self.sock.recv(65536)
-        except socket.timeout:
+        except TIMED_OUT:
             return
         except (OSError, ValueError):
             data = b""
@@ -2186,7 +2332,7 @@ class Connection:
         self.received += data
 
     def remaining(self) -> float:
-        """Return the seconds until the server stops, and end the connection if it has."""
+        """Return the seconds until the server stops; if it has, end here."""
         rest = self.deadline - time.monotonic()
         if rest <= 0:
             self.drop()
@@ -2235,7 +2381,7 @@ class Connection:
 
 
 def wake(sock: socket.socket) -> None:
-    """End *sock* from another thread, so that the one that is blocked in it wakes up."""
+    """End *sock*, so that a thread that is blocked in it wakes up."""
     try:
         socket.socket.shutdown(
             sock, socket.SHUT_RDWR
@@ -2272,7 +2418,9 @@ def read_body(connection: Connection, headers: dict[str, str]) -> bytes:
 
 
 class Listener:
-    """A loopback server with a thread for each connection; a context manager that leaves nothing behind."""
+    """A loopback server with a thread for each connection; a context manager that
+    leaves nothing behind.
+    """
 
     def __init__(
         self, port: int = 0, tls: ssl.SSLContext | None = None, lifetime: float = 60
@@ -2377,21 +2525,23 @@ class Listener:
     def record(self, request: Request) -> None:
         """Number the request and add it to :attr:`requests`."""
         with self._lock:
+            request.number = len(self.requests) + 1
             self.requests.append(request)
-            request.number = len(self.requests)
 
     def handle(self, connection: Connection) -> bool:
         """Read and answer one request; true if another one may follow."""
         raise NotImplementedError
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # The server
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 class Turn:
-    """One entry of a script: a function that answers by itself, or the faults that rewrite the good answer."""
+    """One entry of a script: a function that answers by itself, or the faults that
+    rewrite the good answer.
+    """
 
     def __init__(self, entry: str | Scripted) -> None:
         self.function = None if isinstance(entry, str) else entry
@@ -2407,7 +2557,7 @@ class FlakyServer(Listener):
     """A loopback server that tells *text* by *script*; a context manager.
 
     :param text: what it tells.
-    :param script: the faults, one for each request, in order of arrival; see the top of this file.
+    :param script: the faults, one for each request, as at the top of this file.
     :param port: 0 lets the operating system choose.
     :param tls: an :class:`ssl.SSLContext` for https.
     :param lifetime: seconds after which everything stops by itself.
@@ -2416,24 +2566,29 @@ class FlakyServer(Listener):
 
     Options of what is told:
 
-    - ``pieces``: how the text is cut in deltas: a number of characters, or a list of strings (which is the text then);
+    - ``pieces``: how the text is cut in deltas: a number of characters, or a list of
+      strings (which is the text then);
     - ``reasoning``, ``tool_calls`` (pairs of a name and JSON arguments): more to tell;
-    - ``continuation``: what happens to a trailing assistant message, or to a prompt that ends with the beginning of the
-      text: ``exact`` tells the rest (or all, if it is not the beginning of the text), ``repeat`` says it again before the
-      rest, ``ignore`` starts over, ``refuse`` answers 400;
-    - ``extra``: a dict, or a function of the chunk's number that makes one, merged in each chunk of the OpenAI kind;
+    - ``continuation``: what a trailing assistant message does, or a prompt that ends
+      with the beginning of the text: ``exact`` tells the rest (all, if it is not the
+      beginning of the text), ``repeat`` says it again before the rest, ``ignore``
+      starts over, ``refuse`` answers 400;
+    - ``extra``: a dict, or a function of the chunk's number that returns one, merged in
+      each chunk of the OpenAI kind;
     - ``eol``: the line end of event streams, by default that of the provider;
     - ``reconnection_ms``: the ``retry:`` field of ``/events``.
 
     Options of how:
 
     - ``delay``: seconds before each delta;
-    - ``framing``: ``chunked``, ``length``, ``close`` (ends by closing), ``http10``, ``one-chunk`` (a single HTTP chunk,
-      announced at once and sent slowly), ``gzip`` or ``deflate``;
+    - ``framing``: ``chunked``, ``length``, ``close`` (ends by closing), ``http10``,
+      ``one-chunk`` (a single HTTP chunk, announced at once and sent slowly), ``gzip``
+      or ``deflate``;
     - ``coalesce``: how many events share a write, and an HTTP chunk.
 
-    :attr:`url` is where it listens, :attr:`requests` what it was asked, :attr:`connections` how many connections it has
-    accepted, :attr:`open_connections` how many are open now.
+    :attr:`url` is where it listens, :attr:`requests` what it was asked,
+    :attr:`connections` how many connections it has accepted, :attr:`open_connections`
+    how many are open now.
     """
 
     def __init__(
@@ -2455,7 +2610,7 @@ class FlakyServer(Listener):
         self._loop = loop
         self._memory: dict[str, Call] = {}
 
-    def __enter__(self) -> FlakyServer:
+    def __enter__(self) -> FlakyServer:  # noqa: PYI034  (Self needs Python 3.11)
         self.start()
         return self
 
@@ -2485,7 +2640,7 @@ def reply(request: Request, options: Options, memory: dict[str, Call]) -> Answer
     """Return the good answer to *request*, or the refusal that it deserves."""
     protocol = find_protocol(request)
     call = Call(request, options, protocol, options.text, options.text, memory)
-    answer = Answer(call, [])
+    answer = Answer(call)
     try:
         call = answer.call = continued(call)
         if protocol.wants_stream(request):
@@ -2538,18 +2693,18 @@ def transcript(
     return b"".join(step.data for step in answer.steps if isinstance(step, Event))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Beside the server
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 class ConnectProxy(Listener):
-    """An HTTP proxy on the loopback interface, to loopback targets only: CONNECT tunnels, and plain requests.
+    """An HTTP proxy for loopback targets: CONNECT tunnels, and plain requests.
 
     :attr:`requests` has what it was asked; the path of a CONNECT is ``host:port``.
     """
 
-    def __enter__(self) -> ConnectProxy:
+    def __enter__(self) -> ConnectProxy:  # noqa: PYI034  (Self needs Python 3.11)
         self.start()
         return self
 
@@ -2559,18 +2714,14 @@ class ConnectProxy(Listener):
         tunnel = request.method == "CONNECT"
         target = urlsplit("//" + request.target if tunnel else request.target)
         if target.hostname not in ("localhost", "127.0.0.1", "::1"):
-            connection.send(
-                b"HTTP/1.1 403 Loopback Only\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-            )
+            refuse_tunnel(connection, "403 Loopback Only")
             return False
         try:
             upstream = socket.create_connection(
                 (target.hostname, target.port or 80), timeout=10
             )
         except OSError:
-            connection.send(
-                b"HTTP/1.1 502 No Such Target\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-            )
+            refuse_tunnel(connection, "502 No Such Target")
             return False
         if tunnel:
             connection.send(b"HTTP/1.1 200 Connection Established\r\n\r\n")
@@ -2597,6 +2748,11 @@ class ConnectProxy(Listener):
         upstream.close()
 
 
+def refuse_tunnel(connection: Connection, status: str) -> None:
+    head = f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    connection.send(head.encode("latin-1"))
+
+
 def pump(source: socket.socket, target: socket.socket, deadline: float) -> None:
     """Carry bytes from *source* to *target* until either ends, then end both."""
     try:
@@ -2610,7 +2766,9 @@ def pump(source: socket.socket, target: socket.socket, deadline: float) -> None:
 
 
 def forwarded(request: Request, target: str) -> bytes:
-    """Return the request as the origin server wants it, with an end of the connection after the answer."""
+    """Return the request as the origin server wants it, with an end of the connection
+    after the answer.
+    """
     headers = {
         name: value
         for name, value in request.headers.items()
@@ -2624,7 +2782,9 @@ def forwarded(request: Request, target: str) -> bytes:
 
 
 def self_signed(folder: str | Path) -> tuple[str, str]:
-    """Make a certificate for localhost and 127.0.0.1 by the ``openssl`` command; return the paths of it and its key."""
+    """Make a certificate for localhost and 127.0.0.1 by the ``openssl`` command; return
+    the paths of it and its key.
+    """
     cert, key = str(Path(folder) / "cert.pem"), str(Path(folder) / "key.pem")
     command = [
         "openssl",
@@ -2657,9 +2817,9 @@ def self_signed(folder: str | Path) -> tuple[str, str]:
     return cert, key
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 def parser() -> argparse.ArgumentParser:
@@ -2715,7 +2875,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except ValueError as error:
         command.error(str(error))
-    serve(server)
+    try:
+        serve(server)
+    except OSError as error:
+        command.error(f"cannot listen on port {options.port}: {error}")
     return 0
 
 
@@ -2725,7 +2888,8 @@ def say(text: str) -> None:
 
 def serve(server: FlakyServer) -> None:
     """Run until Ctrl-C or the end of the lifetime."""
-    body = '{"model":"m","stream":true,"messages":[{"role":"user","content":"Tell me a story"}]}'
+    messages = '[{"role":"user","content":"Tell me a story"}]'
+    body = f'{{"model":"m","stream":true,"messages":{messages}}}'
     try:
         with server:
             say(server.url)
