@@ -80,12 +80,13 @@ from typing import (
     TypeVar,
     cast,
 )
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import requests
 from requests.adapters import HTTPAdapter
 from requests.structures import CaseInsensitiveDict
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import HTTPError, InvalidHeader
 
 __version__ = "0.1.0"
 
@@ -597,12 +598,25 @@ _FIELDS = ("", "data", "event", "id", "retry")
 _STRAY_LINES = 256
 
 
+#: What nearly every event looks like; other blocks are read line by line.
+_USUAL_EVENTS = re.compile(
+    rb"(?:id: ([^\n\0]+)\n)?(?:event: ([^\n]+)\n)?data: ([^\n]*)\n\n"
+)
+
+
 def _new_events(
-    data: list[str], last_event_id: str
-) -> list[ServerSentEvent]:  # as fast as tuples can be made: no Python code per event
-    rows = zip(itertools.repeat("message"), data, itertools.repeat(last_event_id))
-    made = map(tuple.__new__, itertools.repeat(ServerSentEvent), rows)
+    names: Iterable[str], data: Iterable[bytes], ids: Iterable[str]
+) -> list[ServerSentEvent]:
+    """Make many events as fast as tuples can be made: no Python code for each."""
+    same = itertools.repeat
+    texts = map(bytes.decode, data, same("utf-8"), same("replace"))
+    rows = zip(names, texts, ids)
+    made = map(tuple.__new__, same(ServerSentEvent), rows)
     return cast("list[ServerSentEvent]", list(made))
+
+
+def _decoded(line: bytes) -> str:
+    return line.decode("utf-8", "replace")
 
 
 class SSEDecoder:
@@ -691,8 +705,8 @@ class SSEDecoder:
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         return chunk
 
-    def _frame(self, chunk: bytes) -> str:
-        """Return the text of all complete blocks; keep the rest."""
+    def _frame(self, chunk: bytes) -> bytes:
+        """Return all complete blocks; keep the rest."""
         if self._headless or self._after_cr or b"\r" in chunk:
             chunk = self._normalise(chunk)
         cut = chunk.rfind(b"\n\n") + 2
@@ -700,7 +714,7 @@ class SSEDecoder:
             cut = 1 if not self._line and chunk.startswith(b"\n") else 0
         if not cut:
             self._keep(chunk)
-            return ""
+            return b""
         region = bytes(self._pending) + chunk[:cut] if self._pending else chunk[:cut]
         self._pending.clear()
         self._line = 0
@@ -708,7 +722,7 @@ class SSEDecoder:
             region = self._bounded(region)
         if cut < len(chunk):
             self._keep(chunk[cut:])
-        return region.decode("utf-8", "replace")
+        return region
 
     def _keep(self, chunk: bytes) -> None:
         if self._excess:
@@ -717,7 +731,8 @@ class SSEDecoder:
         if len(self._pending) > self._harmless:
             lines = chunk.split(b"\n")
             longest = max(self._line + len(lines[0]), max(map(len, lines)))
-            self._excess = self._exceeded(longest, len(self._pending))
+            size = len(self._pending) - self._pending.endswith(b"\n")
+            self._excess = self._exceeded(longest, size)
         end = chunk.rfind(b"\n") + 1
         self._line = len(chunk) - end + (0 if end else self._line)
 
@@ -726,7 +741,8 @@ class SSEDecoder:
         start = 0
         for block in region.split(b"\n\n"):
             longest = max(map(len, block.split(b"\n")))
-            self._excess = self._exceeded(longest, len(block))
+            size = len(block) - block.startswith(b"\n")
+            self._excess = self._exceeded(longest, size)
             if self._excess:
                 return region[:start]
             start += len(block) + 2
@@ -740,16 +756,35 @@ class SSEDecoder:
             return "event"
         return ""
 
-    def _parse(self, region: str) -> list[ServerSentEvent]:
+    def _parse(self, region: bytes) -> list[ServerSentEvent]:
         """Turn complete blocks into events."""
-        if region.startswith("data: "):
-            # A region of nothing but one-line data blocks has two line feeds for
-            # each; if the count is right, no block can hold anything else.
-            data = region[6:-2].split("\n\ndata: ")
-            if region.count("\n") == 2 * len(data):
-                return _new_events(data, self.last_event_id)
-        events = map(self._dispatch, region.split("\n\n"))
+        if region.startswith(b"data: "):
+            data = region[6:-2].split(b"\n\ndata: ")
+            if b"\n" not in b"".join(data):
+                same = itertools.repeat
+                return _new_events(same("message"), data, same(self.last_event_id))
+        # What split() leaves between the matches is nothing if they fill the region.
+        parts = _USUAL_EVENTS.split(region)
+        if not any(parts[::4]):
+            return self._usual_events(parts[1::4], parts[2::4], parts[3::4])
+        events = map(self._dispatch, _decoded(region).split("\n\n"))
         return [event for event in events if event is not None]
+
+    def _usual_events(
+        self, ids: list[Any], names: list[Any], data: list[bytes]
+    ) -> list[ServerSentEvent]:
+        """Make events of the fields that they have; None stands for no such field."""
+        known = {name: _decoded(name or b"message") for name in set(names)}
+        if not any(ids):
+            all_ids: Iterable[str] = itertools.repeat(self.last_event_id)
+        else:
+            all_ids = [self._noted_id(id) for id in ids]
+        return _new_events(map(known.__getitem__, names), data, all_ids)
+
+    def _noted_id(self, id: bytes | None) -> str:
+        if id is not None:
+            self.last_event_id = _decoded(id)
+        return self.last_event_id
 
     def _dispatch(self, block: str) -> ServerSentEvent | None:
         """Interpret the lines of one block."""
@@ -791,8 +826,16 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _MOST_PARTS = 10000
 
 
-_scan_json = jsonlib.JSONDecoder(strict=False).raw_decode
-_scan_numbers = jsonlib.JSONDecoder(strict=False, parse_int=float).decode
+_SHORT = 640  # characters; an integer of fewer is as cheap as any
+
+
+def _whole_number(digits: str) -> float:
+    """An integer; int() takes quadratic time, or refuses, from some length on."""
+    return int(digits) if len(digits) < _SHORT else float(digits)
+
+
+_scan_short = jsonlib.JSONDecoder(strict=False).raw_decode
+_scan_long = jsonlib.JSONDecoder(strict=False, parse_int=_whole_number).raw_decode
 
 
 def parse_json(text: str) -> Any:
@@ -800,21 +843,15 @@ def parse_json(text: str) -> Any:
 
     :raises ValueError: it is not JSON, or nested too deeply.
     """
+    if text[:1].isspace():
+        text = text.lstrip()
     try:
-        value, end = _scan_json(text)
-        if end == len(text) or text[end:].isspace():
-            return value
-        raise ValueError("extra data after a JSON value")
-    except jsonlib.JSONDecodeError:
-        if not text[:1].isspace():
-            raise
-        return parse_json(text.lstrip())
+        value, end = (_scan_short if len(text) < _SHORT else _scan_long)(text)
     except RecursionError:
         raise ValueError("JSON is nested too deeply") from None
-    except ValueError as error:
-        if "extra data" in str(error):
-            raise
-        return _scan_numbers(text)  # an integer of thousands of digits
+    if end < len(text) and not text[end:].isspace():
+        raise ValueError("extra data after a JSON value")
+    return value
 
 
 class TextBuffer:
@@ -824,7 +861,7 @@ class TextBuffer:
         self.limit = limit
         self.kept = 0
         self.dropped = 0
-        self._blocks: list[str] = []
+        self._blocks: list[bytes] = []  # UTF-8: one emoji does not widen the rest
         self._tail: list[str] = []
 
     def add(self, text: str) -> None:
@@ -836,13 +873,13 @@ class TextBuffer:
         self.kept += len(text)
         self._tail.append(text)
         if len(self._tail) > 1000:
-            self._blocks.append("".join(self._tail))
+            self._blocks.append("".join(self._tail).encode())
             self._tail.clear()
 
     @property
     def text(self) -> str:
         """All that is kept."""
-        return "".join(self._blocks) + "".join(self._tail)
+        return b"".join(self._blocks).decode() + "".join(self._tail)
 
 
 class _OpenCall:
@@ -850,6 +887,7 @@ class _OpenCall:
 
     def __init__(self, number: int, limit: int | None) -> None:
         self.number = number
+        self.choice = 0
         self.id: str | None = None
         self.name = ""
         self.arguments = TextBuffer(limit)
@@ -885,7 +923,6 @@ class Answer:
     ) -> None:
         self.limits = limits
         self.received = received or TextBuffer(limits.text)
-        self.usage: Usage | None = None
         self.model: str | None = None
         self.id: str | None = None
         #: The number of the last event, where the provider numbers them.
@@ -903,6 +940,7 @@ class Answer:
     def new_request(self, seam: Seam | None = None) -> None:
         """Forget what belongs to one request; what was said stays."""
         self.seam = seam
+        self.usage: Usage | None = None
         self.out: list[Piece] = []
         self.finishes: dict[int, tuple[str, str | None]] = {}
         self.expected = 1
@@ -913,6 +951,22 @@ class Answer:
         self.last_kind = ""
         self.resumed_at: int | None = None
         self._held: dict[tuple[str, int], str] = {}
+
+    def reattach(self) -> None:
+        """The same answer goes on, perhaps between the halves of a surrogate pair."""
+        held = self._held
+        self.new_request()
+        self._held, self.resumed_at = held, self.cursor
+
+    def again(self, sees_deltas: bool) -> Answer:
+        """The answer to the same request again, to be compared with this one.
+
+        :param sees_deltas: whether more than the visible text was handed out.
+        """
+        answer = Answer(self.limits, self.received)
+        answer._side = self._side if sees_deltas else {}
+        answer.seam = ReplaySeam(self.received.text, answer.sides())
+        return answer
 
     # -- what a dialect calls
 
@@ -943,6 +997,7 @@ class Answer:
         self.open_call(key)
         call = self._calls[key]
         call.closed = False  # calls may be interleaved
+        call.choice = _index(index)
         if not isinstance(arguments, str):
             self.odd(arguments)
             arguments = ""
@@ -952,17 +1007,17 @@ class Answer:
             self._fail_on_limit("the arguments of a tool call")
         data = {"index": call.number, "id": call.id, "name": call.name}
         self._count("tool_call", bool(arguments))
-        self.out.append(Delta("tool_call", arguments, _index(index), data))
+        self.out.append(Delta("tool_call", arguments, call.choice, data))
 
     def close_call(self, key: Any) -> None:
         """End a tool call: nothing more will come of it."""
         if key in self._calls:
             self._calls[key].closed = True
 
-    def close_calls(self) -> None:
-        """End every tool call that was begun."""
+    def close_calls(self, index: int | None = None) -> None:
+        """End every tool call that was begun, or those of one choice."""
         for call in self._calls.values():
-            call.closed = True
+            call.closed = call.closed or index in (None, call.choice)
 
     def call(self, key: Any) -> _OpenCall | None:
         """The tool call known as ``key``, if it was begun."""
@@ -979,8 +1034,7 @@ class Answer:
         raw = raw if isinstance(raw, str) else None
         self._guard_parts(len(self.finishes))
         self.finishes[_index(index)] = (reason, raw)
-        self.close_calls()
-        self._release_held()
+        self.close_calls(_index(index))
 
     def count(self, input_tokens: Any, output_tokens: Any, raw: dict[str, Any]) -> None:
         """Note usage; the last word counts."""
@@ -1082,9 +1136,15 @@ class Answer:
         }
 
     def tool_calls(self) -> tuple[ToolCall, ...]:
-        """The tool calls that came whole, in their order."""
-        whole = [call.whole() for call in self._calls.values()]
+        """The tool calls of choice 0 that came whole, in their order."""
+        calls = self._calls.values()
+        whole = [call.whole() for call in calls if call.choice == 0]
         return tuple(call for call in whole if call is not None)
+
+    @property
+    def cut_calls(self) -> int:
+        """How many tool calls, of any choice, did not come whole."""
+        return sum(call.whole() is None for call in self._calls.values())
 
     @property
     def calls_begun(self) -> int:
@@ -1122,8 +1182,7 @@ class Answer:
         text = self._encodable((kind, index), text)
         if kind == "text" and index == 0:
             self._emit(self.seam.feed(text) if self.seam else text)
-        elif text:
-            self._buffer(kind, index).add(text)
+        else:
             self._emit_side(Delta(kind, text, index))
 
     def _emit(self, text: str) -> None:
@@ -1132,7 +1191,10 @@ class Answer:
 
     def _emit_side(self, delta: Delta) -> None:
         """Hand out anything but visible text, unless a replay brings it again."""
-        if self.seam is None or not self.seam.covers(delta):
+        if self.seam is not None:
+            delta = delta._replace(text=self.seam.news(delta))
+        if delta.text:
+            self._buffer(delta.kind, delta.index).add(delta.text)
             self.out.append(delta)
 
     def _buffer(self, kind: str, index: int) -> TextBuffer:
@@ -1209,9 +1271,9 @@ class Seam:
         """The new request has completed: return what was held back."""
         return ""
 
-    def covers(self, delta: Delta) -> bool:
-        """Whether the caller has this delta from before."""
-        return False
+    def news(self, delta: Delta) -> str:
+        """Take anything but visible text of choice 0; return what is new in it."""
+        return delta.text
 
     @property
     def is_over(self) -> bool:
@@ -1241,18 +1303,17 @@ class ReplaySeam(Seam):
         return text[len(known) :]
 
     def close(self) -> str:
-        if self.position < len(self.before):
+        if not self.is_over:
             self._differs(self.position)
         return ""
 
-    def covers(self, delta: Delta) -> bool:
-        side = self._sides.get((delta.kind, delta.index))
-        if side is None or side[1] >= len(side[0]):
-            return False
-        if not side[0].startswith(delta.text, side[1]):
+    def news(self, delta: Delta) -> str:
+        side = self._sides.get((delta.kind, delta.index), ["", 0])
+        known = side[0][side[1] : side[1] + len(delta.text)]
+        if not delta.text.startswith(known):
             self._differs(self.position)
-        side[1] += len(delta.text)
-        return True
+        side[1] += len(known)
+        return delta.text[len(known) :]
 
     @property
     def is_over(self) -> bool:
@@ -1433,7 +1494,7 @@ def _api_error(document: Any, status: int | None = None, **facts: Any) -> APIErr
         status=status or named,
         code=code,
         type=str(kind) if kind is not None else None,
-        retryable=_passes_with_time(status or named, code, kind, document),
+        retryable=_passes_with_time(status, named, {code, kind}, document),
         **{"retry_after": _retry_delay(inner), **facts},
     )
 
@@ -1455,9 +1516,8 @@ def _scalar(holder: dict[str, Any], *keys: str) -> Any:
 
 def _status_named(*codes: Any) -> int | None:
     for code in codes:
-        digits = str(code)
-        if len(digits) == 3 and digits.isdigit() and 400 <= int(digits) < 600:
-            return int(digits)
+        if re.match("[45][0-9][0-9]\\Z", str(code)):
+            return int(code)
     return None
 
 
@@ -1481,11 +1541,15 @@ def _as_text(document: Any) -> str:
         return "(nested too deeply)"
 
 
-def _passes_with_time(status: int | None, code: Any, kind: Any, document: Any) -> bool:
-    names = {str(code).lower(), str(kind).lower()}
+def _passes_with_time(
+    status: int | None, named: int | None, words: Iterable[Any], document: Any
+) -> bool:
+    names = {str(word).lower() for word in words}
     if names & _PERMANENT or _is_quota(document):
         return False
-    return bool(names & _TRANSIENT) or status in _RETRY_STATUSES
+    if status is not None:  # "rate_limit_exceeded" with 413 is a prompt too long
+        return status in _RETRY_STATUSES
+    return bool(names & _TRANSIENT) or named in _RETRY_STATUSES
 
 
 def _is_quota(document: Any) -> bool:
@@ -1502,8 +1566,9 @@ def _retry_delay(inner: dict[str, Any]) -> float | None:
     details = inner.get("details")
     for detail in details if isinstance(details, list) else []:
         delay = detail.get("retryDelay") if isinstance(detail, dict) else None
-        if isinstance(delay, str) and re.match(r"\d+(\.\d+)?s$", delay):
-            return float(delay[:-1]) or None
+        if isinstance(delay, str) and re.match(r"[0-9]+(\.[0-9]+)?s\Z", delay):
+            seconds = float(delay[:-1])
+            return seconds if 0 < seconds < math.inf else None
     return None
 
 
@@ -1554,10 +1619,11 @@ def _wait_seconds(value: str | None, unit: float, now: float) -> float | None:
     try:
         return float(value) / unit
     except ValueError:
-        date = email.utils.parsedate_tz(value)
+        pass
     try:
+        date = email.utils.parsedate_tz(value)
         return email.utils.mktime_tz(date) - now if date else None
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, IndexError):  # its parser, before Python 3.10
         return None
 
 
@@ -3044,21 +3110,21 @@ DIALECTS: dict[str, Dialect] = {
 class _LineDecoder:
     """JSON lines, with the interface of :class:`SSEDecoder` that the intake uses."""
 
-    terminator = "\n"
+    terminator = b"\n"
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._pending = bytearray()
         self._stray: list[str] = []
 
-    def _frame(self, chunk: bytes) -> str:
+    def _frame(self, chunk: bytes) -> bytes:
         cut = chunk.rfind(b"\n") + 1
         region = b""
         if cut:
             region = bytes(self._pending) + chunk[:cut]
             self._pending.clear()
         self._pending += chunk[cut:]
-        return region.decode("utf-8", "replace")
+        return region
 
     def _check(self) -> None:
         limit = self._limits.line
@@ -3066,30 +3132,30 @@ class _LineDecoder:
             message = f"the stream has a line of more than {limit} bytes"
             raise StreamLimitError(message, limit="line")
 
-    def _parse(self, region: str) -> list[ServerSentEvent]:
-        lines = [line for line in region.split("\n") if line.strip()]
-        return _new_events(lines, "")
+    def _parse(self, region: bytes) -> list[ServerSentEvent]:
+        lines = [line for line in region.split(b"\n") if line.strip()]
+        return _new_events(itertools.repeat("message"), lines, itertools.repeat(""))
 
     def _finish(self) -> list[ServerSentEvent]:
         """A JSON text needs no line feed to be whole."""
-        return self._parse(self._pending.decode("utf-8", "replace"))
+        return self._parse(bytes(self._pending))
 
 
 class _WholeDecoder(_LineDecoder):
     """One JSON text; it is read at its end."""
 
-    def _frame(self, chunk: bytes) -> str:
+    def _frame(self, chunk: bytes) -> bytes:
         self._pending += chunk
-        return ""
+        return b""
 
     def _finish(self) -> list[ServerSentEvent]:
-        return _new_events([self._pending.decode("utf-8", "replace")], "")
+        return [ServerSentEvent("message", _decoded(bytes(self._pending)), "")]
 
 
 class _EventDecoder(SSEDecoder):
     """The event stream decoder, as the intake uses it."""
 
-    terminator = "\n\n"
+    terminator = b"\n\n"
 
     def _finish(self) -> list[ServerSentEvent]:
         self.close()
@@ -3114,7 +3180,7 @@ class _Shape:
     each of its events would be parsed to the same thing with another text.
     """
 
-    def __init__(self, kind: str, literals: list[str], holes: list[str]) -> None:
+    def __init__(self, kind: str, literals: list[bytes], holes: list[str]) -> None:
         self.kind = kind
         self.cursor: int | None = None
         self._head = literals[0]
@@ -3122,19 +3188,19 @@ class _Shape:
         self._inner = literals[1:-1]
         self._holes = holes
 
-    def match(self, region: str) -> list[str] | None:
+    def match(self, region: bytes) -> list[str] | None:
         """The text of each event; None if the region is not of this shape."""
         head, tail = self._head, self._tail
         if not (region.startswith(head) and region.endswith(tail)):
             return None
-        rows: Sequence[str] = region[len(head) : -len(tail)].split(tail + head)
+        rows: Sequence[bytes] = region[len(head) : -len(tail)].split(tail + head)
         texts: list[str] | None = None
         for hole, literal in itertools.zip_longest(self._holes, self._inner):
             column = rows
             if literal is not None:
                 parts = [row.partition(literal) for row in rows]
                 column, marks, rows = zip(*parts)
-                if "" in marks:
+                if b"" in marks:
                     return None
             if hole == "text":
                 texts = _unquoted(column)
@@ -3144,51 +3210,60 @@ class _Shape:
                 return None
         return texts
 
-    def _fits(self, hole: str, column: Sequence[str]) -> bool:
-        joined = "".join(column)
+    def _fits(self, hole: str, column: Sequence[bytes]) -> bool:
         if hole == "spaces":
-            return not joined.strip(" ")
+            return not b"".join(column).strip(b" ")
         if hole == "idle":
-            return not ('"' in joined or "\\" in joined or "\n" in joined)
-        try:
-            numbers = [int(number) for number in column]
-        except ValueError:
-            return False
-        if hole == "cursor":
-            self.cursor = numbers[-1]
-        return list(map(str, numbers)) == list(column)
+            joined = b"".join(column)
+            return not (b'"' in joined or b"\\" in joined or b"\n" in joined)
+        if hole == "cursor" and column[-1].isdigit():
+            self.cursor = int(column[-1][:18])
+        joined = b"\n".join(column)
+        return joined.count(b"\n") < len(column) and bool(_NUMBERS.match(joined))
 
 
-def _unquoted(bodies: Sequence[str]) -> list[str] | None:
+_NUMBERS = re.compile(rb"(?:(?:0|[1-9][0-9]{0,17})(?:\n|\Z))+\Z")
+
+
+def _unquoted(bodies: Sequence[bytes]) -> list[str] | None:
     """The values of JSON strings, given without their quotes; None if one is not."""
-    joined = "".join(bodies)
-    if "\n" in joined:
+    joined = b"".join(bodies)
+    escaped = b"\\" in joined
+    # A quote in a string without a backslash cannot hide here; one in a string with a
+    # backslash is found below.
+    if b"\n" in joined or b'"' in (joined.replace(b'\\"', b"") if escaped else joined):
         return None
-    if '"' not in joined and "\\" not in joined:
-        return list(bodies)
-    values = []
-    for body in bodies:
-        if '"' in body or "\\" in body:
-            try:
-                body = parse_json(f'"{body}"')
-            except ValueError:
-                return None
-            if not isinstance(body, str) or _SURROGATE.search(body):
-                return None
-        values.append(body)
-    return values
+    try:
+        texts = list(map(bytes.decode, bodies))
+        if escaped:
+            texts = [_unescaped(text) if "\\" in text else text for text in texts]
+    except ValueError:
+        return None
+    return texts
+
+
+def _unescaped(body: str) -> str:
+    """The value of a JSON string with escapes.
+
+    :raises ValueError: it is not one string, or needs mending.
+    """
+    text = parse_json(f'"{body}"')
+    if not isinstance(text, str) or _SURROGATE.search(text):
+        raise ValueError("not a plain JSON string")
+    return text
 
 
 class _Lesson(NamedTuple):
     """One event, taken as an example of a shape."""
 
     dialect: Dialect
-    block: str
+    block: bytes
     event: ServerSentEvent
 
     def shape(self) -> _Shape | None:
         """Learn the shape of the event; None if it does more than bring one text."""
-        start = self.block.find(self.event.data)
+        block = self.block.decode("utf-8", "replace")
+        start = block.find(self.event.data)
         piece = self._read(self.event.data)
         if start < 0 or piece is None:
             return None
@@ -3197,9 +3272,9 @@ class _Lesson(NamedTuple):
             return None
         literals, end = [], 0
         for left, right, _ in holes:
-            literals.append(self.block[end : start + left])
+            literals.append(block[end : start + left].encode())
             end = start + right
-        literals.append(self.block[end:])
+        literals.append(block[end:].encode())
         kind = piece.kind if isinstance(piece, Delta) else "text"
         if not all(literals):
             return None
@@ -3262,6 +3337,7 @@ def _key_before(data: str, start: int) -> str | None:
 
 
 _PATIENCE = 8
+_PORTION = 2048  # bytes of a few events
 
 
 class _Intake:
@@ -3335,15 +3411,32 @@ class _Intake:
         first, self._first = self._first, b""
         return first
 
-    def _take(self, region: str) -> None:
-        """Read a region of complete events."""
-        if not region:
-            return
-        if self._shape is not None and self._answer.is_plain:
-            texts = self._shape.match(region)
+    def _take(self, region: bytes) -> None:
+        """Read a region of complete events.
+
+        What does not match the shape is read in portions, for the shape may be
+        learned from the first one, and match again behind a ping.
+        """
+        answer = self._answer
+        while region and not answer.ended and answer.error is None:
+            shape = self._shape if answer.is_plain else None
+            texts = shape.match(region) if shape is not None else None
             if texts is not None:
-                self._take_texts(self._shape, texts)
+                self._take_texts(cast(_Shape, shape), texts)
                 return
+            portion = self._portion(region)
+            self._take_portion(portion)
+            region = region[len(portion) :]
+
+    def _portion(self, region: bytes) -> bytes:
+        """The first events of a region; all of it, if no shape is looked for."""
+        if not self._patience or len(region) < 2 * _PORTION:
+            return region
+        terminator = cast("_Decoder", self._decoder).terminator
+        end = region.find(terminator, _PORTION)
+        return region[: end + len(terminator)] if end >= 0 else region
+
+    def _take_portion(self, region: bytes) -> None:
         decoder = cast("_Decoder", self._decoder)
         events = decoder._parse(region)
         for event in events:
@@ -3365,7 +3458,7 @@ class _Intake:
         if texts:
             self._answer.add_texts(shape.kind, texts)
 
-    def _learn(self, region: str, event: ServerSentEvent) -> None:
+    def _learn(self, region: bytes, event: ServerSentEvent) -> None:
         """Learn the shape of the last event; after many misses, give up."""
         self._patience -= 1
         terminator = cast("_Decoder", self._decoder).terminator
@@ -3535,6 +3628,7 @@ class Situation(NamedTuple):
     :param constrained: a grammar or schema rules the output.
     :param repeatable: the request asks for the same text each time.
     :param reattachable: the provider keeps this generation for us.
+    :param reattaching: it was asked to go on with it, and answered by an HTTP status.
     :param exact: the dialect surely continues a prefix.
     """
 
@@ -3551,6 +3645,7 @@ class Situation(NamedTuple):
     constrained: bool = False
     repeatable: bool = False
     reattachable: bool = False
+    reattaching: bool = False
     exact: bool = False
 
 
@@ -3562,7 +3657,7 @@ def choose_action(mode: ResumeMode, cause: StreamingError, now: Situation) -> st
     """
     if not cause.retryable or now.finished:
         return "raise"
-    dropped = not isinstance(cause, APIError)
+    dropped = now.reattaching or not isinstance(cause, APIError)
     if dropped and now.reattachable and mode in ("auto", "reattach"):
         return "reattach"
     if not now.handed:
@@ -3676,6 +3771,7 @@ def _redacted(text: str, secrets: Iterable[str]) -> str:
 
 _now = time.monotonic
 _NEVER = math.inf
+_LONGEST = 86400.0  # locks and sockets refuse to wait for ages; a day will do
 
 
 class _Guard:
@@ -3692,6 +3788,7 @@ class _Guard:
         # Reentrant: a finalizer may release a guard while its thread fires it.
         self._lock = threading.RLock()
         self._socket: socket.socket | None = None
+        self._process = os.getpid()
 
     def attach(self, fileno: int) -> None:
         """Take a duplicate of the request's socket."""
@@ -3731,12 +3828,14 @@ class _Guard:
         with self._lock:
             self.is_over = True
             self.due = _NEVER
+            self.on_ready = lambda: None  # the watchdog may hold the guard for long
             if self._socket is not None:
                 self._socket.close()
                 self._socket = None
 
     def _shut_down(self) -> None:
-        if self._socket is not None:
+        # A forked child only has a copy: to shut that down would end the parent's.
+        if self._socket is not None and self._process == os.getpid():
             with contextlib.suppress(OSError):  # the peer may have been faster
                 self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -3767,8 +3866,8 @@ class _Watchdog:
                 self._changed.notify()
 
     def _push(self, guard: _Guard) -> None:
-        guard.scheduled = guard.due
-        heapq.heappush(self._heap, (guard.scheduled, next(self._serial), guard))
+        guard.scheduled = due = guard.due  # the reader may change it meanwhile
+        heapq.heappush(self._heap, (due, next(self._serial), guard))
 
     def _sweep(self) -> None:
         """Forget requests that are over."""
@@ -3799,7 +3898,7 @@ class _Watchdog:
             while True:
                 wait = self._heap[0][0] - _now() if self._heap else None
                 if wait is None or wait > 0:
-                    self._changed.wait(wait)
+                    self._changed.wait(wait and min(wait, _LONGEST))
                     continue
                 guard = heapq.heappop(self._heap)[2]
                 # First this, then the look at due: a reader that sets due later sees
@@ -3984,18 +4083,23 @@ class _ChunkedBody:
         self._source = source
         self._rest = b"\r\n"  # as if a chunk had just ended
         self._left = 0  # bytes of the present chunk that are still to come
+        self._is_ending = False  # the last chunk was seen
+        self._fault = ""
         self.is_clean = False
 
     def read(self) -> bytes:
-        """Return the next bytes as soon as there are any; b"" at the clean end."""
-        while not self.is_clean:
-            data = self._source.read1(_READ)
-            if not data:
-                raise _CutBody("the last chunk is missing")
-            body = self._strip(data)
-            if body:
-                return body
-        return b""
+        """Return what one read brings: nothing, where it brings framing alone."""
+        if self._fault:
+            raise _CutBody(self._fault)
+        if self.is_clean:
+            return b""
+        data = self._source.read1(_READ)
+        if self._is_ending:
+            self._end(self._rest + data, at_end=not data)
+            return b""
+        if not data:
+            raise _CutBody("the last chunk is missing")
+        return self._strip(data)
 
     def _strip(self, data: bytes) -> bytes:
         """Take the framing off."""
@@ -4013,8 +4117,9 @@ class _ChunkedBody:
             if not start:
                 break
             length = self._length(raw[position:start])
-            if not length:
-                self._end(raw[start:])
+            if length <= 0:  # pieces before a fault are handed out first
+                if not length:
+                    self._end(raw[start:])
                 return b"".join(pieces)
             position = start + length
             if position > end:
@@ -4025,29 +4130,32 @@ class _ChunkedBody:
             pieces.append(raw[start:position])
         self._rest = raw[position:]
         if len(self._rest) > _READ:
-            raise _CutBody("a chunk header has no end")
+            self._fault = "a chunk header has no end"
         return b"".join(pieces)
 
     def _length(self, line: bytes) -> int:
+        """The length of the next chunk; negative if it cannot be told."""
         try:
             length = int(line, 16)
         except ValueError:
             length = -1
         if length < 0:  # chunk extensions are rare enough for a second look
             digits = line.partition(b";")[0].strip()
-            if not re.match(rb"[0-9A-Fa-f]{1,15}\Z", digits):
-                raise _CutBody("a chunk header is garbled")
-            length = int(digits, 16)
+            if re.match(rb"[0-9A-Fa-f]{1,15}\Z", digits):
+                length = int(digits, 16)
+        if length < 0 or line[:2] != b"\r\n":
+            self._fault = "a chunk header is garbled"
+            return -1
         return length
 
-    def _end(self, trailer: bytes) -> None:
-        """Read the trailer section, so that the connection can be used again."""
-        while not (trailer.startswith(b"\r\n") or b"\r\n\r\n" in trailer):
-            data = self._source.read1(_READ)
-            if not data or len(trailer) > _READ:
-                break
-            trailer += data
-        self.is_clean = True
+    def _end(self, trailer: bytes, at_end: bool = False) -> None:
+        """Take the trailer section, so that the connection can be used again."""
+        self._is_ending, self._rest = True, trailer
+        self.is_clean = at_end or (
+            trailer.startswith(b"\r\n") or b"\r\n\r\n" in trailer
+        )
+        if not self.is_clean and len(trailer) > _READ:
+            self._fault = "the trailer section has no end"
 
 
 class _OneByteBody(_PlainBody):
@@ -4074,36 +4182,45 @@ class _InflatedBody:
         self._encoding = encoding
         self._inflater: Any = None
         self._input = b""
-
-    @property
-    def is_clean(self) -> bool:
-        return self._body.is_clean and not self._input
+        self._is_full = False  # the inflater may hold more, even without input
+        self.is_clean = False
 
     def read(self) -> bytes:
-        """Return the next inflated bytes; b"" at the clean end."""
-        while True:
-            data = self._input or self._body.read()
+        """Return what one read brings: nothing, where that is too little to inflate."""
+        data = self._input
+        if not data and not self._is_full:
+            data = self._body.read()
             if not data:
-                if self._inflater is not None and not self._inflater.eof:
-                    raise _CutBody("the compressed data broke off")
+                self._end()
                 return b""
-            piece = self._inflate(data)
-            if piece:
-                return piece
+        return self._inflate(data)
+
+    def _end(self) -> None:
+        if not self._body.is_clean:
+            return
+        if self._inflater is not None and not self._inflater.eof:
+            raise _CutBody("the compressed data broke off")
+        self.is_clean = True
 
     def _inflate(self, data: bytes) -> bytes:
         if self._inflater is None or self._inflater.eof:
             self._inflater = self._new_inflater(data)
-        piece: bytes = self._inflater.decompress(data, _READ)
-        self._input = self._inflater.unconsumed_tail or self._inflater.unused_data
-        if self._inflater.eof and not self._input.strip(b"\0"):
+        inflater = self._inflater
+        piece: bytes = inflater.decompress(data, _READ)
+        self._is_full = len(piece) == _READ and not inflater.eof
+        self._input = inflater.unconsumed_tail or inflater.unused_data
+        if inflater.eof and not self._input.strip(b"\0"):
             self._input = b""
         return piece
 
     def _new_inflater(self, data: bytes) -> Any:
-        """Raw deflate is sent under the name of zlib's format, and told by its head."""
-        is_zlib = data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0
-        if self._encoding == "deflate" and len(data) > 1 and not is_zlib:
+        """Raw deflate is sent under the name of zlib's format.
+
+        Its first byte tells: zlib's ends in the digit 8, and gzip's is 1F; neither
+        begins a block of deflate.
+        """
+        is_wrapped = data[0] & 15 == 8 or data[0] == 0x1F
+        if self._encoding == "deflate" and not is_wrapped:
             return zlib.decompressobj(-zlib.MAX_WBITS)
         return zlib.decompressobj(zlib.MAX_WBITS | 32)
 
@@ -4111,12 +4228,11 @@ class _InflatedBody:
 if TYPE_CHECKING:
     _Body = _PlainBody | _ChunkedBody | _InflatedBody
 
-#: All that a body's read may raise, in any version of any library below us.
+#: All that sending may raise, in any version of any library below us.
+_REQUEST_ERRORS = (OSError, http.client.HTTPException, HTTPError, ValueError)
+#: All that a body's read may raise.
 _BODY_ERRORS = (
-    OSError,
-    http.client.HTTPException,
-    requests.RequestException,
-    ValueError,
+    *_REQUEST_ERRORS,
     AttributeError,
     zlib.error,
     _CutBody,
@@ -4140,6 +4256,8 @@ def _body_of(response: requests.Response) -> _Body:
         return body
     if encoding in ("gzip", "x-gzip", "deflate"):
         return _InflatedBody(body, encoding)
+    if response.status_code != 200:  # an error, of which the status is enough
+        return body
     raise MalformedStreamError(
         f"the server compressed the stream as {encoding[:40]!r}, though asked not to compress it"
     )
@@ -4172,6 +4290,18 @@ _SECRET_NAME = re.compile("auth|key|token|secret|cookie|passw", re.IGNORECASE)
 
 def _masked(name: str, value: str) -> str:
     return "***" if _SECRET_NAME.search(name) else value
+
+
+def _secrets_in(url: str, headers: Mapping[str, str]) -> tuple[str, ...]:
+    """What a server may echo and nobody else may see, the longest first."""
+    parts = urlsplit(url)
+    pairs = [pair.partition("=") for pair in parts.query.split("&")]
+    named = [*headers.items(), *((name, value) for name, _, value in pairs)]
+    values = [value for name, value in named if _SECRET_NAME.search(name)]
+    values += [value.partition(" ")[2] for value in values]  # without "Bearer"
+    values += [parts.password or ""]
+    values += [unquote(value) for value in values]
+    return tuple(sorted({*values} - {""}, key=len, reverse=True))
 
 
 class _Deadlines:
@@ -4256,7 +4386,7 @@ def _or_never(seconds: float | None) -> float:
 
 
 def _finite(seconds: float) -> float | None:
-    return max(seconds, 0.001) if seconds < _NEVER else None
+    return min(max(seconds, 0.001), _LONGEST) if seconds < _NEVER else None
 
 
 _TIMEOUT_ADVICE = {
@@ -4312,11 +4442,13 @@ class _Exchange:
             self._response = self._send()
         except StreamingError:
             raise
-        except (OSError, http.client.HTTPException) as error:
-            raise self._translated(error, "request") from _stripped(error)
-        except ValueError as error:  # requests' InvalidURL and kin
-            message = _redacted(str(error), self._request.secrets)
-            raise ValueError(f"cannot send the request: {message}") from None
+        except _REQUEST_ERRORS as error:
+            secrets = self._request.secrets
+            if _is_unsendable(error):
+                message = _redacted(str(error), secrets)
+                _stripped(error, secrets)  # it stays as the context
+                raise ValueError(f"cannot send the request: {message}") from None
+            raise self._translated(error, "request") from _stripped(error, secrets)
         finally:
             self._guard.rest()
         self._check_verdict()
@@ -4334,6 +4466,7 @@ class _Exchange:
                 stream=True,
                 timeout=self._deadlines.for_requests(_now()),
                 allow_redirects=False,
+                hooks={"response": [*_hooks_of(session), self._note_head]},
                 # Any callable keeps .netrc from replacing the key.
                 auth=None if self._session and self._session.auth else _no_auth,
                 **_session_settings(self._session),
@@ -4341,13 +4474,19 @@ class _Exchange:
         finally:
             _sending.guard = None
 
+    def _note_head(self, response: requests.Response, **settings: Any) -> None:
+        self.headers = CaseInsensitiveDict(response.headers)
+        # requests would read the whole body of a redirect, however long, to prepare
+        # the next request; which is not sent.
+        response.headers.pop("Location", None)
+
     def _begin(self, response: requests.Response) -> None:
         self.status = response.status_code
-        self.headers = CaseInsensitiveDict(response.headers)
         self._guard.is_ready = True
-        if self._session is not None:
+        if not self._guard.is_attached:  # a caller's session, or a SOCKS proxy
             self._take_socket(response)
-        _lift_socket_timeout(response)
+        if self._guard.is_attached:
+            _lift_socket_timeout(response)
         self._body = _body_of(response)
 
     def _take_socket(self, response: requests.Response) -> None:
@@ -4398,22 +4537,28 @@ class _Exchange:
         :raises StreamTimeoutError: a limit passed.
         :raises StreamConnectionError: the body was cut.
         """
-        guard = self._guard
+        body = cast("_Body", self._body)
+        data = self._read_once(body, now)
+        while not (data or body.is_clean):  # it was framing, which counts for `read`
+            data = self._read_once(body, _now())
+        if self._guard.verdict and not data:
+            self._check_verdict()
+        self.bytes += len(data)
+        return data
+
+    def _read_once(self, body: _Body, now: float) -> bytes:
+        guard, secrets = self._guard, self._request.secrets
         due, kind = self._deadlines.read(now)
         self._check_verdict()
         if now >= due:
             raise self._timeout(kind)
         guard.set(due, kind)
         try:
-            data = cast("_Body", self._body).read()
+            return body.read()
         except _BODY_ERRORS as error:
-            raise self._translated(error, "stream") from _stripped(error)
+            raise self._translated(error, "stream") from _stripped(error, secrets)
         finally:
             guard.rest()
-        if guard.verdict and not data:
-            self._check_verdict()
-        self.bytes += len(data)
-        return data
 
     def drain(self) -> None:
         """Behind the end marker: read up to the body's end, if it comes soon."""
@@ -4421,8 +4566,7 @@ class _Exchange:
         try:
             while not cast("_Body", self._body).is_clean and _now() < limit:
                 self._guard.set(limit, "end")
-                if not cast("_Body", self._body).read():
-                    return
+                cast("_Body", self._body).read()
         except _BODY_ERRORS as error:
             logger.debug("the end of the body was cut: %s", type(error).__name__)
         finally:
@@ -4496,6 +4640,12 @@ def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
     return request
 
 
+def _hooks_of(session: requests.Session) -> list[Any]:
+    """The session's own hooks, which those of a request would replace."""
+    hooks: Any = session.hooks.get("response") or []
+    return [hooks] if callable(hooks) else list(hooks)
+
+
 def _session_settings(session: requests.Session | None) -> dict[str, Any]:
     """What a caller's session was told, and requests would let the environment win."""
     if session is None:
@@ -4536,6 +4686,13 @@ def _no_errno(error: BaseException) -> bool:
     return getattr(error, "errno", None) is None
 
 
+def _is_unsendable(error: BaseException) -> bool:
+    """Whether the URL or a header is at fault, which no server has seen."""
+    others = (ssl.SSLError, InvalidHeader)  # the latter is the server's header
+    is_value = isinstance(error, ValueError)
+    return is_value and not any(isinstance(e, others) for e in _chain(error))
+
+
 def _is_certificate_error(error: BaseException) -> bool:
     return any(isinstance(e, ssl.SSLCertVerificationError) for e in _chain(error))
 
@@ -4551,14 +4708,16 @@ def _reason(error: BaseException) -> str:
     return type(last).__name__
 
 
-def _stripped(error: BaseException) -> BaseException:
+def _stripped(error: BaseException, secrets: Sequence[str]) -> BaseException:
     """The error as a cause: without request and response, which hold the key."""
     for inner in _chain(error):
         held = vars(inner)
         for name in {"request", "response", "url", "pool", "_pool", "conn"} & set(held):
             held[name] = None
+        texts = (a for a in inner.args if not isinstance(a, str) or "?" not in a)
         inner.args = tuple(
-            a for a in inner.args if not isinstance(a, str) or "?" not in a
+            _redacted(text, secrets) if isinstance(text, str) else text
+            for text in texts
         )
     return error
 
@@ -4677,9 +4836,8 @@ class _Prompt(NamedTuple):
         if key is not None:
             headers.update(self.dialect.auth(_checked_key(key)))
         _merge_headers(headers, self.headers)
-        secrets = tuple(v for n, v in headers.items() if _SECRET_NAME.search(n))
-        bare = tuple(s.partition(" ")[2] for s in secrets if " " in s)
-        return request._replace(headers=dict(headers), secrets=bare + secrets)
+        secrets = _secrets_in(request.url, headers)
+        return request._replace(headers=dict(headers), secrets=secrets)
 
 
 def _standard_headers() -> dict[str, str]:
@@ -4766,7 +4924,7 @@ class _Ledger:
             retries=max(0, self.requests - 1),
             first_token_seconds=self.first_token,
             seconds=end - self.started,
-            cut_tool_calls=answer.calls_begun - len(answer.tool_calls()),
+            cut_tool_calls=answer.cut_calls,
             text_dropped=answer.dropped,
         )
 
@@ -5032,11 +5190,22 @@ class _Loop(Generic[Item]):
     def _record(self, error: StreamingError) -> str:
         """Note what ended a request; raise if the stream was closed."""
         request = cast(_Request, self._request)
-        message = _redacted(str(error), request.secrets)
+        message = self._redact(error)
         self.ledger.record(request.action, type(error).__name__, message)
         if isinstance(error, StreamAbortedError):
             self._fail(error)
         self.check_closed()
+        return message
+
+    def _redact(self, error: StreamingError) -> str:
+        """Take out the secrets that a server has echoed; return the message."""
+        secrets = self._request.secrets if self._request else ()
+        message = _redacted(str(error), secrets)
+        error.args = (message,)
+        for name in ("body", "code", "type"):
+            value = getattr(error, name, None)
+            if isinstance(value, str):
+                setattr(error, name, _redacted(value, secrets))
         return message
 
     def _wait(self, error: StreamingError, action: str, wait: float) -> None:
@@ -5059,10 +5228,7 @@ class _Loop(Generic[Item]):
     def _fail(self, error: StreamingError) -> NoReturn:
         """Complete the error with all that is known, and raise it."""
         self._complete_error(error)
-        secrets = self._request.secrets if self._request else ()
-        error.args = (_redacted(str(error), secrets),)
-        if isinstance(error, APIError):
-            error.body = _redacted(error.body, secrets)
+        self._redact(error)
         error.history = tuple(self.ledger.history)
         self.failure = error
         self._end("error", str(error), error)
@@ -5149,8 +5315,11 @@ class _Chat(_Loop["Piece"]):
                 if self._is_closed_by_reader:
                     return
                 self._recover(error)
+            if self.check_closed():  # during the wait: no request more
+                return
         self.ledger.record(self._request.action, "", "", self.answer.usage)
-        self._end("complete", "the answer is complete", self.result())
+        result = self.result() if self.reporter.observers else None
+        self._end("complete", "the answer is complete", result)
 
     def _exchange(self, request: _Request) -> Iterator[list[Piece]]:
         """One request, and the pieces that its response brings."""
@@ -5465,13 +5634,19 @@ class ChatStream:
             """Stream as live Markdown in a notebook; see section 15."""
 
 
+def _small_pieces(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    for piece in pieces:
+        for start in range(0, len(piece), _READ):
+            yield piece[start : start + _READ]
+
+
 class _Recording:
     """Saved bytes in place of an exchange."""
 
     status = 200
 
     def __init__(self, pieces: Iterable[bytes]) -> None:
-        self._pieces = iter(pieces)
+        self._pieces = _small_pieces(pieces)
         self.headers: Mapping[str, str] = {}
         self.bytes = 0
 
@@ -5482,7 +5657,7 @@ class _Recording:
 
     def read(self, now: float) -> bytes:
         """The next piece that is not empty."""
-        piece = next((piece for piece in self._pieces if piece), b"")
+        piece = next(self._pieces, b"")
         self.bytes += len(piece)
         return piece
 
@@ -5816,6 +5991,8 @@ class _Feed(_Loop[ServerSentEvent]):
                 if self._is_closed_by_reader:
                     return
                 self._recover(error)
+                if self.check_closed():  # during the wait: no request more
+                    return
         self.ledger.record(self._request.action, "", "")
         self._end("complete", "the stream has ended", self.stats())
 
@@ -5999,8 +6176,8 @@ def stream_events(
     if data is not None:
         sent["Content-Type"] = "application/json"
     _merge_headers(sent, _checked_headers(headers))
-    secrets = tuple(v for n, v in sent.items() if _SECRET_NAME.search(n))
     address = _checked_url("url", url)
+    secrets = _secrets_in(address, sent)
     request = _Request(method, address, dict(sent), data, "start", secrets)
     feed = _Feed(
         request,

@@ -97,8 +97,9 @@ class Bench:
         command += [self.url(shape, count, pace), *options]
         done = run(command)
         if done.returncode:
-            reason = [*done.stderr.strip().splitlines(), "no reason given"][-1]
-            raise PeerError(f"{peer} failed on {shape}: {reason}")
+            last = done.stderr.strip().rpartition("\n")[2]
+            status = f"exit status {done.returncode}"
+            raise PeerError(f"{peer} failed on {shape}, {status}: {last}")
         report: dict[str, Any] = json.loads(done.stdout)
         wanted = list(server.expected(count, pace))
         if any(seen != wanted for seen in report["seen"]):
