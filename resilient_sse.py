@@ -443,6 +443,8 @@ class Observer:
             if not (name.startswith("on_") and hasattr(Observer, name)):
                 known = [n for n in vars(Observer) if n.startswith("on_")]
                 raise TypeError("no hook {!r}: use {}".format(name, ", ".join(known)))
+            if not callable(hook):
+                raise TypeError(f"Observer({name}={hook!r}): needs a function")
             setattr(self, name, hook)
 
     def on_start(self, record: StreamRecord) -> None:
@@ -489,14 +491,17 @@ def _check_whole(option: Any, names: Iterable[str], least: int) -> None:
             raise ValueError(f"{where}: needs {least} or more, or None for no limit")
 
 
+_MOST_SECONDS = 1e9  # beyond, the clocks of some systems overflow
+
+
 def _check_seconds(option: Any, name: str) -> None:
     """Check a field that is a number of seconds."""
     value = getattr(option, name)
     where = f"{type(option).__name__}({name}={value!r})"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{where}: needs seconds")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{where}: needs 0 seconds or more")
+    if not 0 <= value <= _MOST_SECONDS:
+        raise ValueError(f"{where}: needs 0 to {_MOST_SECONDS:.0e} seconds")
 
 
 @dataclass(frozen=True)
@@ -655,7 +660,8 @@ class SSEDecoder:
         :returns: the events that they complete.
         :raises StreamLimitError: a line or an event is too large.
         """
-        self._check()
+        if self._excess:
+            self._check()
         region = self._frame(chunk)
         events = self._parse(region) if region else []
         if self._excess and not events:
@@ -716,12 +722,14 @@ class SSEDecoder:
             self._keep(chunk)
             return b""
         region = bytes(self._pending) + chunk[:cut] if self._pending else chunk[:cut]
-        self._pending.clear()
-        self._line = 0
-        if len(region) > self._harmless:
+        rest = chunk[cut:]
+        self._pending[:] = rest
+        self._line = len(rest) - rest.rfind(b"\n") - 1
+        if len(region) + len(rest) > self._harmless:
             region = self._bounded(region)
-        if cut < len(chunk):
-            self._keep(chunk[cut:])
+            self._pending.clear()
+            self._line = 0
+            self._keep(rest)
         return region
 
     def _keep(self, chunk: bytes) -> None:
@@ -1071,8 +1079,10 @@ class Answer:
         if value is not None:
             self.malformed += 1
 
-    def position(self) -> int:
-        """The offset in the visible text at which the next piece will stand."""
+    def position(self, kind: str = "text") -> int:
+        """The offset in the text of that kind at which the next piece will stand."""
+        if kind != "text":
+            return self._side[kind, 0].kept if (kind, 0) in self._side else 0
         if self.seam is not None and self.seam.replays:
             return self.seam.position
         pending = sum(len(piece) for piece in self.out if isinstance(piece, str))
@@ -2492,8 +2502,8 @@ class Anthropic(Dialect):
             part["text"] = answer.position()
             answer.text(block.get("text"))
         elif kind == "thinking":
-            part["thinking"] = TextBuffer(answer.limits.text)
-            self._think(part, block.get("thinking"), answer)
+            part["thinking"] = answer.position("reasoning")
+            answer.reasoning(block.get("thinking"))
         elif kind == "tool_use":
             answer.open_call(key, block.get("id"), block.get("name"))
             part["input"] = answer.call(key)
@@ -2509,7 +2519,7 @@ class Anthropic(Dialect):
         if kind == "text_delta":
             answer.text(delta.get("text"))
         elif kind == "thinking_delta":
-            self._think(part, delta.get("thinking"), answer)
+            answer.reasoning(delta.get("thinking"))
         elif kind == "signature_delta":
             part["signature"] = str(part.get("signature") or "") + str(
                 delta.get("signature") or ""
@@ -2522,11 +2532,6 @@ class Anthropic(Dialect):
         elif kind == "compaction_delta":
             part["content"] = delta.get("content")
 
-    def _think(self, part: dict[str, Any], text: Any, answer: Answer) -> None:
-        answer.reasoning(text)
-        if isinstance(text, str) and isinstance(part.get("thinking"), TextBuffer):
-            part["thinking"].add(text)
-
     def _read_input(
         self, key: str, part: dict[str, Any], text: Any, answer: Answer
     ) -> None:
@@ -2538,21 +2543,25 @@ class Anthropic(Dialect):
             answer.advance()
 
     def message(self, answer: Answer, text: str) -> Any:
-        starts = [p["text"] for p in answer.parts if p.get("type") == "text"]
-        ends = iter([*starts[1:], len(text)])
+        # Text is kept once, for the caller; a block knows only where its own begins.
+        texts = {"text": text, "thinking": answer.side_text("reasoning")}
+        ends = {
+            kind: iter([p[kind] for p in answer.parts if p.get("type") == kind][1:])
+            for kind in texts
+        }
         whole = {id(call) for call in answer._calls.values() if call.whole()}
         blocks = []
         for part in answer.parts:
             block = {k: v for k, v in part.items() if k != "_json"}
-            if part.get("type") == "text":
-                block["text"] = text[part["text"] : next(ends)]
-            elif part.get("type") == "thinking":
-                block["thinking"] = part["thinking"].text
+            kind = str(part.get("type"))
+            if kind in texts:
+                end = next(ends[kind], None)
+                block[kind] = texts[kind][part[kind] : end]
             elif isinstance(part.get("input"), _OpenCall):
                 if id(part["input"]) not in whole:
                     continue
                 block["input"] = parse_json(part["input"].arguments.text or "{}")
-            elif "_json" in part:
+            elif isinstance(part.get("_json"), TextBuffer):
                 block["input"] = _parsed_or_empty(part["_json"].text)
             blocks.append(block)
         # The API refuses to be sent text that is nothing but white space.
@@ -3113,7 +3122,8 @@ class _LineDecoder:
     terminator = b"\n"
 
     def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+        self._limit = math.inf if limits.line is None else limits.line
+        self._exceeded = False
         self._pending = bytearray()
         self._stray: list[str] = []
 
@@ -3121,15 +3131,25 @@ class _LineDecoder:
         cut = chunk.rfind(b"\n") + 1
         region = b""
         if cut:
-            region = bytes(self._pending) + chunk[:cut]
+            region = self._bounded(bytes(self._pending) + chunk[:cut])
             self._pending.clear()
         self._pending += chunk[cut:]
         return region
 
+    def _bounded(self, region: bytes) -> bytes:
+        """Cut the region off before the first line that is too large."""
+        if len(region) > self._limit:
+            start = 0
+            for line in region.split(b"\n"):
+                if len(line) > self._limit:
+                    self._exceeded = True
+                    return region[:start]
+                start += len(line) + 1
+        return region
+
     def _check(self) -> None:
-        limit = self._limits.line
-        if limit is not None and len(self._pending) > limit:
-            message = f"the stream has a line of more than {limit} bytes"
+        if self._exceeded or len(self._pending) > self._limit:
+            message = f"the stream has a line of more than {self._limit} bytes"
             raise StreamLimitError(message, limit="line")
 
     def _parse(self, region: bytes) -> list[ServerSentEvent]:
@@ -3404,11 +3424,13 @@ class _Intake:
         if head.startswith((b"{", b"[")):
             kind = _LineDecoder if lines and head[:1] == b"{" else _WholeDecoder
             self._decoder = kind(self._limits)
-        elif lines and not head.startswith((b"data:", b"event:", b":")):
+        elif lines and head[:1] not in (b"d", b"e", b"i", b"r", b":"):
             self._decoder = _LineDecoder(self._limits)
         else:
             self._decoder = _EventDecoder(limits=self._limits)
         first, self._first = self._first, b""
+        if first.startswith(_BOM) and isinstance(self._decoder, _LineDecoder):
+            return first[len(_BOM) :]
         return first
 
     def _take(self, region: bytes) -> None:
@@ -3439,14 +3461,26 @@ class _Intake:
     def _take_portion(self, region: bytes) -> None:
         decoder = cast("_Decoder", self._decoder)
         events = decoder._parse(region)
+        if decoder._stray:
+            self._take_blocks(decoder, region)
+            return
         for event in events:
             self._read(event)
             if self._answer.ended or self._answer.error is not None:
                 return
-        if decoder._stray:
-            self._read_stray(decoder)
         if events and self._patience and self._answer.out:
             self._learn(region, events[-1])
+
+    def _take_blocks(self, decoder: _Decoder, region: bytes) -> None:
+        """Read block by block: something outside of data counts where it stands."""
+        decoder._stray.clear()
+        for block in region.split(decoder.terminator):
+            for event in decoder._parse(block + decoder.terminator):
+                self._read(event)
+            if self._answer.ended or self._answer.error is not None:
+                return
+            if decoder._stray:
+                self._read_stray(decoder)
 
     def _take_texts(self, shape: _Shape, texts: list[str]) -> None:
         self.events += len(texts)
@@ -3486,17 +3520,19 @@ class _Intake:
         if event.event == "error":
             self._answer.fail(self._dialect.error(chunk))
         elif isinstance(chunk, dict):
-            self._read_chunk(chunk, event.event)
+            self._read_chunk(chunk, self._dialect.read, event.event)
         else:
             self._count_malformed("JSON that is not an object")
 
-    def _read_chunk(self, chunk: dict[str, Any], event: str) -> None:
+    def _read_chunk(
+        self, chunk: dict[str, Any], read: Callable[..., None], *event: str
+    ) -> None:
         answer = self._answer
         before = answer.malformed
         if chunk.get("error"):
             answer.fail(self._dialect.error(chunk))
         try:
-            self._dialect.read(chunk, answer, event)
+            read(chunk, answer, *event)
         except _ODDITIES as error:
             answer.malformed += 1
             logger.debug("the dialect cannot read a chunk: %s", type(error).__name__)
@@ -3575,9 +3611,7 @@ class _Intake:
                 "the server sent JSON that broke off, not a stream", retryable=True
             ) from None
         for part in document if isinstance(document, list) else [document]:
-            if _dict(part).get("error"):
-                answer.fail(self._dialect.error(part))
-            self._dialect.read_whole(_dict(part), answer)
+            self._read_chunk(_dict(part), self._dialect.read_whole)
         has_answer = answer.out or answer.finishes or answer.calls_begun
         if not has_answer and answer.error is None:
             excerpt = _excerpt(text.encode("ascii", "replace"))
@@ -4352,7 +4386,9 @@ class _Deadlines:
     def headers(self) -> tuple[float, str]:
         """The end of waiting for the headers."""
         first = self._timeouts.first_token
-        if first is None:
+        if self.has_begun:  # a feed, of which no event is awaited, but a sign of life
+            limit = (self._sent + _or_never(self._timeouts.read), "read")
+        elif first is None:
             limit = (self._sent + _or_never(self._timeouts.idle), "idle")
         else:
             limit = (self._sent + first, "first_token")
@@ -4735,7 +4771,7 @@ _HISTORY_KEPT = 1000
 
 def _pause(closing: threading.Event, seconds: float) -> None:
     """Wait, unless the stream is closed meanwhile."""
-    closing.wait(seconds)
+    closing.wait(min(seconds, _LONGEST))
 
 
 class _Reporter:
@@ -4820,6 +4856,10 @@ class _Prompt(NamedTuple):
             return False
         return self.dialect.prefill(self.body, text) is not None
 
+    def has_finished(self, answer: Answer) -> bool:
+        """Whether a finish reason was seen that is the last word."""
+        return answer.finished and self.dialect.finish_is_final
+
     def _post(self, url: str, body: dict[str, Any], action: str) -> _Request:
         data = jsonlib.dumps(body).encode("ascii")
         headers = {"Content-Type": "application/json"}
@@ -4872,6 +4912,8 @@ class _Ledger:
         self.malformed = 0
         self.history: list[RequestRecord] = []
         self.seams: list[int] = []
+        self.exchange: Any = None  # the present one, and its intake: they count on
+        self.intake: _Intake | None = None
 
     def record(
         self, action: str, error: str, message: str, usage: Usage | None = None
@@ -4902,6 +4944,12 @@ class _Ledger:
             self.seams.append(offset)
         del self.seams[:-_HISTORY_KEPT]
 
+    def end_request(self) -> None:
+        """Take over the counts of the present request."""
+        self.bytes += self.exchange.bytes
+        self.events += self.intake.events if self.intake else 0
+        self.exchange = self.intake = None
+
     def note_first_token(self) -> None:
         """A delta came."""
         if self.first_token is None:
@@ -4915,10 +4963,11 @@ class _Ledger:
     def stats(self, answer: Answer) -> StreamStats:
         """The counts so far."""
         end = _now() if self.ended is None else self.ended
+        exchange, intake = self.exchange, self.intake
         return StreamStats(
             malformed=self.malformed + answer.malformed,
-            bytes=self.bytes,
-            events=self.events,
+            bytes=self.bytes + (exchange.bytes if exchange else 0),
+            events=self.events + (intake.events if intake else 0),
             deltas=self.deltas + answer.deltas,
             requests=self.requests,
             retries=max(0, self.requests - 1),
@@ -4939,6 +4988,8 @@ class _Recovery:
         self.sees_deltas = False
         self.spent = 0  # requests that count against Retry.attempts
         self.failures = 0  # in a row, without progress
+        self.is_stuck = False  # no action would be right, however many are allowed
+        self.lacking = False  # there is no time left to wait for another request
         self._drop: StreamingError | None = None
 
     def decide(
@@ -4946,16 +4997,21 @@ class _Recovery:
     ) -> tuple[str, StreamingError]:
         """Return the next action, and the error to raise if it is ``raise``."""
         now = self._situation(answer)
+        if action == "reattach" and error.phase == "request":
+            now = now._replace(reattaching=True)
         if answer.started or (action == "reattach" and answer.progress):
             self.failures = 0
         if action == "reattach" and answer.progress:
             self.spent = 1
         self.failures += 1
         if self._is_refusal(error, action, answer) and self._drop is not None:
+            self.is_stuck = True
             return self._after_refusal(now), self._drop
         mode = "continue" if callable(self.prompt.resume) else self.prompt.resume
         choice = choose_action(mode, error, now)
-        self._drop = error
+        if answer.started or self._drop is None:
+            self._drop = error
+        self.is_stuck = choice == "raise"
         if choice != "raise" and self.spent >= self.retry.attempts:
             choice = "raise"
         return choice, error
@@ -4981,7 +5037,7 @@ class _Recovery:
         )
         return Situation(
             handed=bool(text or side or (called and self.sees_deltas)),
-            finished=answer.finished,
+            finished=prompt.has_finished(answer),
             seen_by_nobody=self.seen_by_nobody,
             has_text=bool(text),
             kept=not answer.received.dropped,
@@ -5006,6 +5062,7 @@ class _Recovery:
         asked = getattr(error, "retry_after", None)
         if asked is None:
             wait = draw_wait(self.retry, self.failures, random.random())
+            self.lacking = wait >= left
         else:
             wait = asked if asked <= self.retry.retry_after_max else _NEVER
         return wait if wait < left else _NEVER
@@ -5055,6 +5112,7 @@ class _Loop(Generic[Item]):
         self._closing = threading.Event()
         self._closed_elsewhere = False
         self._reader = threading.get_ident()
+        self._has_begun = False
         self._is_over = False
         self._source = self._batches()
 
@@ -5087,7 +5145,7 @@ class _Loop(Generic[Item]):
         position = iter(batch)
         self._show(batch, position)
         watched = self.reporter.wants(self._item_hook)
-        self.items = self._told(position) if watched else position
+        self.items = self._told(batch, position) if watched else position
         return True
 
     def check_closed(self) -> bool:
@@ -5139,6 +5197,7 @@ class _Loop(Generic[Item]):
         now = _now()
         self.ledger.started = self.reporter.started = now
         self._deadlines = _Deadlines(self._timeouts, now)
+        self._has_begun = True
         facts = {**facts, "url": request.shown_url}
         self.reporter.tell("start", "to " + request.shown_url, facts)
 
@@ -5159,7 +5218,8 @@ class _Loop(Generic[Item]):
         }
         why = f"{request.action} by {request.method}"
         self.reporter.tell("request", why, facts)
-        return self._open(request, self._deadlines, guard)
+        self.ledger.exchange = self._open(request, self._deadlines, guard)
+        return self.ledger.exchange
 
     def _note_response(self, exchange: Any) -> None:
         self.headers = exchange.headers
@@ -5178,14 +5238,14 @@ class _Loop(Generic[Item]):
 
     def _close_exchange(self, exchange: Any) -> None:
         self._guard = None
-        self.ledger.bytes += exchange.bytes
+        self.ledger.end_request()
         exchange.close()
 
-    def _told(self, position: Iterator[Item]) -> Iterator[Item]:
+    def _told(self, batch: list[Item], position: Iterator[Item]) -> Iterator[Item]:
         """Tell the observers of each item, just before it is handed out."""
-        for item in position:
+        for item in batch:
             self._tell_item(item)
-            yield item
+            yield next(position)
 
     def _record(self, error: StreamingError) -> str:
         """Note what ended a request; raise if the stream was closed."""
@@ -5223,7 +5283,8 @@ class _Loop(Generic[Item]):
     def _end(self, what: str, why: str, data: Any) -> None:
         self._is_over = True
         self.ledger.ended = _now()
-        self.reporter.tell(what, why, data)
+        if self._has_begun:
+            self.reporter.tell(what, why, data)
 
     def _fail(self, error: StreamingError) -> NoReturn:
         """Complete the error with all that is known, and raise it."""
@@ -5327,13 +5388,13 @@ class _Chat(_Loop["Piece"]):
         self.answer.expected = _choice_count(self.prompt.body)
         exchange = self._new_exchange(request)
         intake = self._new_intake()
+        self.ledger.intake = intake
         try:
             exchange.open()
             self._note_response(exchange)
             exchange.check_status()
             yield from self._receive(exchange, intake)
         finally:
-            self.ledger.events += intake.events
             self._close_exchange(exchange)
 
     def _receive(self, exchange: Any, intake: _Intake) -> Iterator[list[Piece]]:
@@ -5342,7 +5403,7 @@ class _Chat(_Loop["Piece"]):
             try:
                 chunk = self._read(exchange)
             except (StreamConnectionError, StreamTimeoutError):
-                if not (answer.finished and self.prompt.dialect.finish_is_final):
+                if not self.prompt.has_finished(answer):
                     raise
                 break
             moved = answer.progress
@@ -5385,7 +5446,7 @@ class _Chat(_Loop["Piece"]):
         if answer.started:
             deadlines.has_begun = True
             self.ledger.note_first_token()
-        if answer.finished and self.prompt.dialect.finish_is_final:
+        if self.prompt.has_finished(answer):
             deadlines.expect_end(_now())
         if answer.seam is not None and answer.seam.is_over:
             answer.seam = None
@@ -5416,7 +5477,7 @@ class _Chat(_Loop["Piece"]):
         self._wait(error, action, wait)
 
     def _phase(self) -> str:
-        if self.answer.finished:
+        if self.prompt.has_finished(self.answer):
             return "end"
         return "stream" if self.answer.started else "first token"
 
@@ -5431,8 +5492,7 @@ class _Chat(_Loop["Piece"]):
         if action in _RESUMES:
             self.ledger.note_seam(old.received.kept)
         if action == "reattach":
-            old.new_request()
-            old.resumed_at = old.cursor
+            old.reattach()
         elif action in ("continue", "ask"):
             old.forget_calls()
             old.new_request(seam)
@@ -5444,9 +5504,7 @@ class _Chat(_Loop["Piece"]):
         old = self.answer
         self.ledger.forget(old)
         if action == "replay":
-            sides = old.sides() if self.recovery.sees_deltas else {}
-            self.answer = Answer(self.limits, old.received)
-            self.answer.seam = ReplaySeam(old.received.text, sides)
+            self.answer = old.again(self.recovery.sees_deltas)
         else:
             self.answer = Answer(self.limits)
             self._view = (0, iter(()), [])
@@ -5470,18 +5528,25 @@ class _Chat(_Loop["Piece"]):
         asked = getattr(error, "retry_after", None)
         if asked is not None and error.retryable:
             return f"; the server asks to wait {asked:.0f} s"
+        if self.recovery.lacking:
+            return "; Timeouts(total=...) leaves no time to wait for another request"
         if getattr(error, "status", None) in (401, 403) and self.prompt.key is None:
             return (
                 "; no key was sent: a key from the environment goes only to the "
                 "provider's own address, pass api_key=..."
             )
-        dropped = error.retryable and self.text and not self.answer.finished
-        if dropped and self.prompt.resume == "auto":
+        dropped = error.retryable and self.text and self.recovery.is_stuck
+        if dropped and self.prompt.resume == "auto" and self._could_resume():
             return (
                 "; this answer cannot be resumed without a doubtful seam: see resume="
                 "'continue', 'ask' or 'replay', or use complete_chat"
             )
         return ""
+
+    def _could_resume(self) -> bool:
+        """Whether another ``resume=`` would have been of use."""
+        finished = self.prompt.has_finished(self.answer)
+        return not (finished or self.answer.received.dropped)
 
 
 def _texts(chat: _Chat) -> Iterator[str]:
@@ -5556,21 +5621,24 @@ class ChatStream:
         chat.recovery.seen_by_nobody = not chat.text
         for _ in self:
             pass
+        facts = {"text": chat.text, "history": tuple(chat.ledger.history)}
+        if chat.closed:
+            message = "the stream was closed before its end"
+            raise StreamAbortedError(message, result=chat.result(), **facts)
         if chat.answer.received.dropped:
             raise StreamLimitError(
                 f"the answer is longer than Limits(text={chat.limits.text}) keeps",
                 limit="text",
-                text=chat.text,
                 result=chat.result(),
-                history=tuple(chat.ledger.history),
                 phase="end",
+                **facts,
             )
         return chat.result()
 
     def observe(self, observer: Observer) -> None:
         """Add an observer; before the first ``next()``, or it misses the start."""
         chat = self._chat
-        chat.reporter.observers += (observer,)
+        chat.reporter.observers += _known_observers(observer)
 
     def close(self) -> None:
         """Close the stream: from any thread, any number of times.
@@ -5610,6 +5678,8 @@ class ChatStream:
         :param dialect: the dialect that it is in.
         :raises StreamingError: (from the loop) the bytes are not a complete answer.
         """
+        if isinstance(raw, str):
+            raise TypeError("raw: needs bytes, pieces of them, or a pathlib.Path")
         if isinstance(raw, os.PathLike):
             with open(raw, "rb") as file:
                 raw = file.read()
@@ -5721,7 +5791,8 @@ def _known_dialect(dialect: str | Dialect) -> Dialect:
 def _known_observers(
     observe: Observer | Iterable[Observer] | None,
 ) -> tuple[Observer, ...]:
-    observers = (observe,) if isinstance(observe, Observer) else tuple(observe or ())
+    several = () if observe is None else observe
+    observers = tuple(several) if isinstance(several, Iterable) else (several,)
     for observer in observers:
         if not isinstance(observer, Observer):
             raise TypeError(
@@ -5734,6 +5805,27 @@ def _known_observers(
 def _check_type(name: str, value: Any, kind: type) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name}={value!r}: needs {kind.__name__}(...)")
+
+
+def _check_options(retry: Any, session: Any) -> None:
+    """Check what may be None."""
+    if retry is not None:
+        _check_type("retry", retry, Retry)
+    if session is not None:
+        _check_type("session", session, requests.Session)
+
+
+def _check_mapping(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"{name}: needs a dict, not {type(value).__name__}")
+
+
+def _check_model(model: Any) -> None:
+    if model is not None and not isinstance(model, str):
+        raise TypeError(
+            f"model={model!r}: needs a string, or None where the URL or the server "
+            "decides it"
+        )
 
 
 def _check_messages(messages: Any) -> None:
@@ -5752,16 +5844,16 @@ def _check_messages(messages: Any) -> None:
             )
 
 
-def _snapshot(body: dict[str, Any]) -> dict[str, Any]:
+def _snapshot(
+    body: dict[str, Any], what: str = "messages, parameters and extra_body"
+) -> dict[str, Any]:
     """A copy that the caller cannot change any more; only JSON gets through."""
     try:
         return cast(
             "dict[str, Any]", jsonlib.loads(jsonlib.dumps(body, allow_nan=False))
         )
     except (TypeError, ValueError, RecursionError) as error:
-        raise type(error)(
-            f"messages, parameters and extra_body must be JSON: {error}"
-        ) from None
+        raise type(error)(f"{what} must be JSON: {error}") from None
 
 
 def _checked_key(key: Any) -> str:
@@ -5774,8 +5866,11 @@ def _checked_key(key: Any) -> str:
 
 
 def _checked_headers(headers: Mapping[str, Any] | None) -> dict[str, Any]:
+    _check_mapping("headers", headers)
     checked = dict(headers or {})
     for name, value in checked.items():
+        if not isinstance(name, str):
+            raise TypeError(f"headers: a name is a string, not {name!r}")
         if value is not None and not isinstance(value, str):
             raise TypeError(f"headers: {name!r} needs a string")
         if "\n" in (value or "") or "\r" in (value or ""):
@@ -5915,9 +6010,11 @@ def stream_chat(
     """
     _refuse_other_names(params)
     _check_messages(messages)
+    _check_model(model)
     _check_type("timeouts", timeouts, Timeouts)
     _check_type("limits", limits, Limits)
-    _check_type("retry", retry if retry is not None else Retry(), Retry)
+    _check_options(retry, session)
+    _check_mapping("extra_body", extra_body)
     if not (callable(resume) or resume in _MODES):
         raise ValueError(f"resume={resume!r}: use {_MODES}, or a function")
     known = _known_dialect(dialect)
@@ -5975,12 +6072,30 @@ class _Feed(_Loop[ServerSentEvent]):
         self._retry = retry
         self.last_event_id = last_event_id
         self.reconnection_time: float | None = None
-        self._failures = 0
+        self._failures = 0  # in a row, for the waits
+        self._barren = 0  # requests in a row without an event
         self._is_done = False
+        self._view: tuple[
+            str, Iterator[ServerSentEvent], list[ServerSentEvent]
+        ] = (last_event_id, iter(()), [])
 
     def stats(self) -> StreamStats:
         """The counts so far."""
         return self.ledger.stats(Answer())
+
+    def handed_id(self) -> str:
+        """The last event ID as of the event that was handed out last."""
+        before, position, batch = self._view
+        rest = operator.length_hint(position)
+        if not rest:
+            return self.last_event_id
+        return batch[-rest - 1].id if rest < len(batch) else before
+
+    def _show(
+        self, batch: list[ServerSentEvent], position: Iterator[ServerSentEvent]
+    ) -> None:
+        before, _, last = self._view
+        self._view = (last[-1].id if last else before, position, batch)
 
     def _batches(self) -> Generator[list[ServerSentEvent], None, None]:
         self._begin({"model": None, "dialect": "events"}, self._request)
@@ -5998,7 +6113,9 @@ class _Feed(_Loop[ServerSentEvent]):
 
     def _connection(self) -> Iterator[list[ServerSentEvent]]:
         """One connection, and the events that it brings."""
+        self._barren += 1
         exchange = self._new_exchange(self._with_last_event_id())
+        self._deadlines.has_begun = self._timeouts.first_token is None
         try:
             exchange.open()
             self._note_response(exchange)
@@ -6050,7 +6167,7 @@ class _Feed(_Loop[ServerSentEvent]):
             raise IncompleteStreamError(message, retryable=True)
 
     def _note_events(self, events: list[ServerSentEvent]) -> None:
-        self._failures = 0
+        self._failures = self._barren = 0
         self.ledger.events += len(events)
         self._deadlines.move(_now())
         self._deadlines.has_begun = True
@@ -6066,7 +6183,7 @@ class _Feed(_Loop[ServerSentEvent]):
         self._record(error)
         retry = self._retry
         self._failures += 1
-        if retry is None or not error.retryable or self._failures >= retry.attempts:
+        if retry is None or not error.retryable or self._barren >= retry.attempts:
             self._fail(error)
         wait = self._wait_for(error, retry)
         if not wait < min(self._deadlines.left(_now()), _NEVER):
@@ -6074,10 +6191,21 @@ class _Feed(_Loop[ServerSentEvent]):
         self._request = self._request._replace(action="retry")
         self._wait(error, "retry", wait)
 
+    def _complete_error(self, error: StreamingError) -> None:
+        seconds, asked = _now() - self.ledger.started, self._asked_wait(error)
+        where = f"after {self.ledger.events} events and {seconds:.1f} s"
+        advice = ""
+        if asked is not None and error.retryable:
+            advice = f"; the server asks to wait {asked:.0f} s"
+        count = self.ledger.requests
+        error.args = (f"{error} ({where}, request {count}){advice}",)
+
+    def _asked_wait(self, error: StreamingError) -> float | None:
+        asked: float | None = getattr(error, "retry_after", None)
+        return self.reconnection_time if asked is None else asked
+
     def _wait_for(self, error: StreamingError, retry: Retry) -> float:
-        asked = getattr(error, "retry_after", None)
-        if asked is None:
-            asked = self.reconnection_time
+        asked = self._asked_wait(error)
         if asked is None or (self._failures > 1 and asked <= retry.retry_after_max):
             drawn = draw_wait(retry, self._failures, random.random())
             return max(drawn, asked or 0.0)
@@ -6114,8 +6242,9 @@ class EventStream:
 
     @property
     def last_event_id(self) -> str:
-        """The last event ID; give it to a later :func:`stream_events` to go on."""
-        return self._feed.last_event_id
+        """The last event ID of what ``next()`` has handed out: give it to a later
+        :func:`stream_events` to go on behind that."""
+        return self._feed.handed_id()
 
     @property
     def reconnection_time(self) -> float | None:
@@ -6126,6 +6255,13 @@ class EventStream:
     def stats(self) -> StreamStats:
         """Counts, live and after the end."""
         return self._feed.stats()
+
+
+def _check_event_id(value: Any) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"last_event_id={value!r}: needs a string")
+    if any(character in value for character in "\0\r\n"):
+        raise ValueError(f"last_event_id={value!r}: has a line break or NUL in it")
 
 
 def stream_events(
@@ -6165,12 +6301,14 @@ def stream_events(
     """
     _check_type("timeouts", timeouts, Timeouts)
     _check_type("limits", limits, Limits)
-    _check_type("retry", retry if retry is not None else Retry(), Retry)
+    _check_options(retry, session)
+    _check_event_id(last_event_id)
     if method not in ("GET", "POST"):
         raise ValueError(f"method={method!r}: needs 'GET' or 'POST'")
     if json is not None and method == "GET":
         raise ValueError("json=...: a GET has no body; use method='POST'")
-    data = None if json is None else jsonlib.dumps(_snapshot(json)).encode("ascii")
+    content = None if json is None else jsonlib.dumps(_snapshot(json, "json"))
+    data = None if content is None else content.encode("ascii")
     sent = CaseInsensitiveDict(_standard_headers())
     sent["Accept"] = "text/event-stream"
     if data is not None:
