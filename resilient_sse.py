@@ -69,7 +69,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -340,8 +339,7 @@ class StreamStats(NamedTuple):
     text_dropped: int = 0
 
 
-@dataclass(frozen=True)
-class ChatResult:
+class ChatResult(NamedTuple):
     """Everything an answer brought.
 
     :param text: the visible text of choice 0.
@@ -478,6 +476,29 @@ class Observer:
         """Called once, when the stream has completed."""
 
 
+class _Options:
+    """Frozen, comparable and printable; dataclasses would cost a third of our import."""
+
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen: make another one")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen: make another one")
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *vars(self).values()))
+
+    def __repr__(self) -> str:
+        values = (f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({', '.join(values)})"
+
+
 def _check_whole(option: Any, names: Iterable[str], least: int) -> None:
     """Check fields that are whole numbers, or None for "no limit"."""
     for name in names:
@@ -504,8 +525,7 @@ def _check_seconds(option: Any, name: str) -> None:
         raise ValueError(f"{where}: needs 0 to {_MOST_SECONDS:.0e} seconds")
 
 
-@dataclass(frozen=True)
-class Timeouts:
+class Timeouts(_Options):
     """How long each part of a call may take, in seconds; None for no limit.
 
     :param connect: for TCP and TLS.  10 s: a healthy network needs less than one.
@@ -525,23 +545,36 @@ class Timeouts:
     finish reason the rest is waited for at most ``min(read, 5)`` seconds.
     """
 
-    connect: float | None = 10.0
-    first_token: float | None = 300.0
-    read: float | None = 120.0
-    idle: float | None = 300.0
-    total: float | None = None
+    connect: float | None
+    first_token: float | None
+    read: float | None
+    idle: float | None
+    total: float | None
 
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if getattr(self, field.name) is None:
+    def __init__(
+        self,
+        connect: float | None = 10.0,
+        first_token: float | None = 300.0,
+        read: float | None = 120.0,
+        idle: float | None = 300.0,
+        total: float | None = None,
+    ) -> None:
+        super().__init__(
+            connect=connect,
+            first_token=first_token,
+            read=read,
+            idle=idle,
+            total=total,
+        )
+        for name, value in vars(self).items():
+            if value is None:
                 continue
-            _check_seconds(self, field.name)
-            if getattr(self, field.name) == 0:
-                raise ValueError(f"Timeouts({field.name}=0): None means no limit")
+            _check_seconds(self, name)
+            if value == 0:
+                raise ValueError(f"Timeouts({name}=0): None means no limit")
 
 
-@dataclass(frozen=True)
-class Retry:
+class Retry(_Options):
     """How often, and how patiently, a failed request is made again.
 
     :param attempts: requests of one call, the first and those that resume included:
@@ -555,12 +588,24 @@ class Retry:
         error is raised at once and says how long the server wanted.
     """
 
-    attempts: int = 6
-    wait_initial: float = 1.0
-    wait_max: float = 30.0
-    retry_after_max: float = 60.0
+    attempts: int
+    wait_initial: float
+    wait_max: float
+    retry_after_max: float
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        attempts: int = 6,
+        wait_initial: float = 1.0,
+        wait_max: float = 30.0,
+        retry_after_max: float = 60.0,
+    ) -> None:
+        super().__init__(
+            attempts=attempts,
+            wait_initial=wait_initial,
+            wait_max=wait_max,
+            retry_after_max=retry_after_max,
+        )
         if self.attempts is None:
             raise TypeError("Retry(attempts=None): needs a number, such as 6")
         _check_whole(self, ["attempts"], 1)
@@ -568,8 +613,7 @@ class Retry:
             _check_seconds(self, name)
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(_Options):
     """What a stream may cost in memory; None for no limit.
 
     :param line: bytes of one line of the stream.  16 MiB: base64 images fit.
@@ -580,14 +624,27 @@ class Limits:
     :param malformed: pieces of malformed data that are ignored before it is an error.
     """
 
-    line: int | None = 16 * 1024 * 1024
-    event: int | None = 16 * 1024 * 1024
-    text: int | None = 16 * 1024 * 1024
-    malformed: int | None = 10
+    line: int | None
+    event: int | None
+    text: int | None
+    malformed: int | None
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        line: int | None = 16 * 1024 * 1024,
+        event: int | None = 16 * 1024 * 1024,
+        text: int | None = 16 * 1024 * 1024,
+        malformed: int | None = 10,
+    ) -> None:
+        super().__init__(line=line, event=event, text=text, malformed=malformed)
         _check_whole(self, ["line", "event", "text"], 1)
         _check_whole(self, ["malformed"], 0)
+
+
+_TIMEOUTS = Timeouts()
+_FEED_TIMEOUTS = Timeouts(first_token=None, idle=None)  # a quiet feed is healthy
+_RETRY = Retry()
+_LIMITS = Limits()
 
 
 # ---------------------------------------------------------------------------
@@ -637,7 +694,7 @@ class SSEDecoder:
     [ServerSentEvent(event='message', data='hello', id='')]
     """
 
-    def __init__(self, *, last_event_id: str = "", limits: Limits = Limits()) -> None:
+    def __init__(self, *, last_event_id: str = "", limits: Limits = _LIMITS) -> None:
         #: The last event ID, as a reconnecting client must send it.
         self.last_event_id = last_event_id
         #: The server's reconnection time in seconds; None if it never sent one.
@@ -927,7 +984,7 @@ class Answer:
     """
 
     def __init__(
-        self, limits: Limits = Limits(), received: TextBuffer | None = None
+        self, limits: Limits = _LIMITS, received: TextBuffer | None = None
     ) -> None:
         self.limits = limits
         self.received = received or TextBuffer(limits.text)
@@ -5669,7 +5726,7 @@ class ChatStream:
         raw: bytes | Iterable[bytes] | os.PathLike[str],
         dialect: str | Dialect = "openai",
         *,
-        limits: Limits = Limits(),
+        limits: Limits = _LIMITS,
         observe: Observer | Iterable[Observer] = (),
     ) -> ChatStream:
         """Stream saved bytes of a response body, without a network.
@@ -5955,9 +6012,9 @@ def stream_chat(
     base_url: str | None = None,
     api_key: str | Callable[[], str] | None = None,
     headers: Mapping[str, str | None] | None = None,
-    timeouts: Timeouts = Timeouts(),
-    retry: Retry | None = Retry(),
-    limits: Limits = Limits(),
+    timeouts: Timeouts = _TIMEOUTS,
+    retry: Retry | None = _RETRY,
+    limits: Limits = _LIMITS,
     resume: ResumeMode = "auto",
     observe: Observer | Iterable[Observer] = (),
     session: requests.Session | None = None,
@@ -6075,9 +6132,12 @@ class _Feed(_Loop[ServerSentEvent]):
         self._failures = 0  # in a row, for the waits
         self._barren = 0  # requests in a row without an event
         self._is_done = False
-        self._view: tuple[
-            str, Iterator[ServerSentEvent], list[ServerSentEvent]
-        ] = (last_event_id, iter(()), [])
+        self._unfit: float | None = None  # a wait for which there is no time
+        self._view: tuple[str, Iterator[ServerSentEvent], list[ServerSentEvent]] = (
+            last_event_id,
+            iter(()),
+            [],
+        )
 
     def stats(self) -> StreamStats:
         """The counts so far."""
@@ -6187,17 +6247,17 @@ class _Feed(_Loop[ServerSentEvent]):
             self._fail(error)
         wait = self._wait_for(error, retry)
         if not wait < min(self._deadlines.left(_now()), _NEVER):
+            self._unfit = self._asked_wait(error) or wait
             self._fail(error)
         self._request = self._request._replace(action="retry")
         self._wait(error, "retry", wait)
 
     def _complete_error(self, error: StreamingError) -> None:
-        seconds, asked = _now() - self.ledger.started, self._asked_wait(error)
+        seconds, count = _now() - self.ledger.started, self.ledger.requests
         where = f"after {self.ledger.events} events and {seconds:.1f} s"
         advice = ""
-        if asked is not None and error.retryable:
-            advice = f"; the server asks to wait {asked:.0f} s"
-        count = self.ledger.requests
+        if self._unfit is not None:
+            advice = f"; the next request would have to wait {self._unfit:.0f} s"
         error.args = (f"{error} ({where}, request {count}){advice}",)
 
     def _asked_wait(self, error: StreamingError) -> float | None:
@@ -6270,9 +6330,9 @@ def stream_events(
     method: str = "GET",
     json: Any = None,
     headers: Mapping[str, str | None] | None = None,
-    timeouts: Timeouts = Timeouts(first_token=None, idle=None),
-    retry: Retry | None = Retry(),
-    limits: Limits = Limits(),
+    timeouts: Timeouts = _FEED_TIMEOUTS,
+    retry: Retry | None = _RETRY,
+    limits: Limits = _LIMITS,
     last_event_id: str = "",
     observe: Observer | Iterable[Observer] = (),
     session: requests.Session | None = None,
@@ -7863,8 +7923,6 @@ def _as_json(value: Any) -> Any:
         return value
     if hasattr(value, "_asdict"):
         value = value._asdict()
-    elif hasattr(value, "__dataclass_fields__"):
-        value = {f.name: getattr(value, f.name) for f in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): _as_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
