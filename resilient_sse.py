@@ -5465,11 +5465,12 @@ class _Chat(_Loop["Piece"]):
                 break
             moved = answer.progress
             pieces = intake.feed(chunk) if chunk else intake.end()
-            if answer.progress != moved:
-                self._note_progress()
+            now = _now()
             if pieces:
-                self._deadlines.pause(_now())
+                self._note_begin(now)
                 yield pieces
+            if answer.progress != moved:
+                self._note_progress(now)
             if answer.error is not None:
                 raise answer.error
             if not chunk:
@@ -5497,16 +5498,27 @@ class _Chat(_Loop["Piece"]):
         hook = on_event if self.reporter.wants("event") else None
         return _Intake(self.prompt.dialect, self.answer, self.limits, hook)
 
-    def _note_progress(self) -> None:
-        answer, deadlines = self.answer, self._deadlines
-        deadlines.move(_now())
-        if answer.started:
-            deadlines.has_begun = True
+    def _note_begin(self, now: float) -> None:
+        """Pieces are about to be handed out; the clock of the reads stands still."""
+        self._deadlines.pause(now)
+        if self.answer.started and not self._deadlines.has_begun:
+            self._deadlines.has_begun = True
             self.ledger.note_first_token()
-        if self.prompt.has_finished(answer):
-            deadlines.expect_end(_now())
+
+    def _note_progress(self, now: float) -> None:
+        # Behind the yield, for until then it would only keep the caller waiting.
+        answer = self.answer
+        self._deadlines.move(now)
+        if answer.started:
+            self._deadlines.has_begun = True
+        if answer.finishes and answer.finished:
+            self._note_finish(now)
         if answer.seam is not None and answer.seam.is_over:
             answer.seam = None
+
+    def _note_finish(self, now: float) -> None:
+        if self.prompt.dialect.finish_is_final:
+            self._deadlines.expect_end(now)
 
     def _show(self, batch: list[Piece], position: Iterator[Piece]) -> None:
         received = self.answer.received
