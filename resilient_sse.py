@@ -3479,7 +3479,8 @@ class _Intake:
             )
         lines = self._dialect.framing == "ndjson"
         if head.startswith((b"{", b"[")):
-            kind = _LineDecoder if lines and head[:1] == b"{" else _WholeDecoder
+            one_line = head[:1] == b"{" and not re.match(rb"\{[ \t]*\r?\n", head)
+            kind = _LineDecoder if lines and one_line else _WholeDecoder
             self._decoder = kind(self._limits)
         elif lines and head[:1] not in (b"d", b"e", b"i", b"r", b":"):
             self._decoder = _LineDecoder(self._limits)
@@ -4380,7 +4381,8 @@ _SECRET_NAME = re.compile("auth|key|token|secret|cookie|passw", re.IGNORECASE)
 
 
 def _masked(name: str, value: str) -> str:
-    return "***" if _SECRET_NAME.search(name) else value
+    is_count = "ratelimit" in name.lower()  # x-ratelimit-remaining-tokens
+    return "***" if _SECRET_NAME.search(name) and not is_count else value
 
 
 def _secrets_in(url: str, headers: Mapping[str, str]) -> tuple[str, ...]:
@@ -7575,7 +7577,7 @@ class _PrintedText:
 
     def start_over(self) -> None:
         self._out.end_line()
-        self._out.write("[the answer starts over]\n")
+        self._out.write("[again from the start]\n")
 
 
 def _painter() -> _MarkdownCell | _PrintedText:
@@ -7599,12 +7601,14 @@ class _Live(Observer):
         super().__init__()
         self._painter = painter
         self._new = [text] if text else []
+        self._count = len(text)
         self._painted_at = -painter.interval
 
     def on_token(self, record: StreamRecord) -> None:
         delta = record.data
         if delta.kind == "text" and delta.index == 0:
             self._new.append(delta.text)
+            self._count += len(delta.text)
             self._paint_if_due(record)
 
     def on_chunk(self, record: StreamRecord) -> None:
@@ -7612,9 +7616,13 @@ class _Live(Observer):
         self._paint_if_due(record)
 
     def on_restart(self, record: StreamRecord) -> None:
-        self._painter.start_over()
-        self._new = [""]
+        self._start_over("")
         self._paint_if_due(record)
+
+    def _start_over(self, text: str) -> None:
+        self._painter.start_over()
+        self._new = [text]
+        self._count = len(text)
 
     def _paint_if_due(self, record: StreamRecord) -> None:
         due = record.seconds - self._painted_at >= self._painter.interval
@@ -7626,6 +7634,12 @@ class _Live(Observer):
         if self._new:
             new, self._new = self._new, []
             self._painter.add("".join(new))
+
+    def finish(self, text: str) -> None:
+        """Paint what is left; all of it if this observer came too late for a part."""
+        if self._count < len(text):
+            self._start_over(text)
+        self.paint()
 
 
 def _show_live(stream: ChatStream) -> ChatResult:
@@ -7644,7 +7658,7 @@ def _show_live(stream: ChatStream) -> ChatResult:
     try:
         return stream.complete()
     finally:
-        live.paint()
+        live.finish(stream.text)
         stream.close()
 
 
@@ -7700,6 +7714,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     :param argv: the arguments; None, the default, takes those of the process.
     :returns: the exit status, as listed by ``--help``.
     """
+    if sys.stdout is None:  # closed before the start: as good as a closed pipe
+        return 141
     try:
         return _run(_parser().parse_args(argv))
     except SystemExit as stop:  # argparse has said why
@@ -7710,7 +7726,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(f"{type(error).__name__}: {error}")
         return _exit_status(error)
     except BrokenPipeError:
-        _detach_stdout()
         return 141
     except ValueError as error:
         _complain(str(error))
@@ -7786,10 +7801,10 @@ def _seconds_or_none(argument: str) -> float | None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.version:
-        print(_version_line())
-        return 0
     out = _TextOut()
+    if options.version:
+        out.write(_version_line())
+        return 0
     observers: list[Observer] = [_Facts(options, out)]
     try:
         stream = _open_stream(options)
@@ -7813,7 +7828,7 @@ def _version_line() -> str:
 
     with open(__file__, "rb") as file:
         digest = hashlib.sha256(file.read()).hexdigest()
-    return f"resilient_sse {__version__} sha256:{digest}"
+    return f"resilient_sse {__version__} sha256:{digest}\n"
 
 
 def _open_stream(options: argparse.Namespace) -> ChatStream:
@@ -7981,12 +7996,6 @@ def _exit_status(error: StreamingError) -> int:
         if kind is not None and isinstance(error, kind):
             return status
     return 1
-
-
-def _detach_stdout() -> None:
-    """Point a closed pipe elsewhere, or Python complains of it again at exit."""
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
