@@ -73,10 +73,8 @@ from typing import (
     TYPE_CHECKING,
     Any,
     ClassVar,
-    Generic,
     NamedTuple,
     NoReturn,
-    TypeVar,
     cast,
 )
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -2257,6 +2255,7 @@ class OpenAIResponses(Dialect):
                         "reattaching"
                     )
                 )
+                return True
             answer.resumed_at = None
         answer.cursor = number
         return False
@@ -4295,14 +4294,15 @@ class _InflatedBody:
         self.is_clean = True
 
     def _inflate(self, data: bytes) -> bytes:
-        if self._inflater is None or self._inflater.eof:
-            self._inflater = self._new_inflater(data)
         inflater = self._inflater
+        if inflater is None or inflater.eof:  # gzip's members may be padded with zeros
+            self._input = data = data.lstrip(b"\0") if inflater else data
+            if not data:
+                return b""
+            self._inflater = inflater = self._new_inflater(data)
         piece: bytes = inflater.decompress(data, _READ)
         self._is_full = len(piece) == _READ and not inflater.eof
         self._input = inflater.unconsumed_tail or inflater.unused_data
-        if inflater.eof and not self._input.strip(b"\0"):
-            self._input = b""
         return piece
 
     def _new_inflater(self, data: bytes) -> Any:
@@ -5058,9 +5058,10 @@ class _Recovery:
         now = self._situation(answer)
         if action == "reattach" and error.phase == "request":
             now = now._replace(reattaching=True)
-        if answer.started or (action == "reattach" and answer.progress):
+        went_on = action == "reattach" and answer.resumed_at is None
+        if answer.started or went_on:
             self.failures = 0
-        if action == "reattach" and answer.progress:
+        if went_on:
             self.spent = 1
         self.failures += 1
         if self._is_refusal(error, action, answer) and self._drop is not None:
@@ -5127,8 +5128,6 @@ class _Recovery:
         return wait if wait < left else _NEVER
 
 
-Item = TypeVar("Item")
-
 if TYPE_CHECKING:
     Opener = Callable[[_Request, _Deadlines, _Guard], Any]
 
@@ -5140,7 +5139,7 @@ def _opener(session: requests.Session | None) -> Opener:
     return opener
 
 
-class _Loop(Generic[Item]):
+class _Loop:
     """What chats and event streams share: handing out, closing, failing.
 
     :param opener: makes the exchange for a request.
@@ -5160,7 +5159,7 @@ class _Loop(Generic[Item]):
         self.reporter = _Reporter(observers)
         self.ledger = _Ledger()
         self.headers: Mapping[str, str] = {}
-        self.items: Iterator[Item] = iter(())
+        self.items: Iterator[Any] = iter(())
         self.failure: StreamingError | None = None
         self.closed = False
         self._request: _Request | None = None
@@ -5177,15 +5176,15 @@ class _Loop(Generic[Item]):
 
     # -- what a kind of stream defines
 
-    def _batches(self) -> Generator[list[Item], None, None]:
+    def _batches(self) -> Generator[list[Any]]:
         """Requests, one after the other; a batch for each read."""
         raise NotImplementedError
 
-    def _tell_item(self, item: Item) -> None:
+    def _tell_item(self, item: Any) -> None:
         """Tell the observers of an item that is handed out."""
         raise NotImplementedError
 
-    def _show(self, batch: list[Item], position: Iterator[Item]) -> None:
+    def _show(self, batch: list[Any], position: Iterator[Any]) -> None:
         """A batch begins to be handed out."""
 
     def _complete_error(self, error: StreamingError) -> None:
@@ -5300,7 +5299,7 @@ class _Loop(Generic[Item]):
         self.ledger.end_request()
         exchange.close()
 
-    def _told(self, batch: list[Item], position: Iterator[Item]) -> Iterator[Item]:
+    def _told(self, batch: list[Any], position: Iterator[Any]) -> Iterator[Any]:
         """Tell the observers of each item, just before it is handed out."""
         for item in batch:
             self._tell_item(item)
@@ -5355,7 +5354,7 @@ class _Loop(Generic[Item]):
         raise error
 
 
-def _handed_out(loop: _Loop[Item]) -> Iterator[Item]:
+def _handed_out(loop: _Loop) -> Iterator[Any]:
     # A generator that holds the loop, not the public stream: so a for statement over
     # an unnamed stream drops it, and closes the connection, when it is left.
     try:
@@ -5368,7 +5367,7 @@ def _handed_out(loop: _Loop[Item]) -> Iterator[Item]:
         loop.leave()
 
 
-class _Chat(_Loop["Piece"]):
+class _Chat(_Loop):
     """The loop of one call: requests, reads, and what comes of them."""
 
     def __init__(
@@ -5422,7 +5421,7 @@ class _Chat(_Loop["Piece"]):
 
     # -- the loop
 
-    def _batches(self) -> Generator[list[Piece], None, None]:
+    def _batches(self) -> Generator[list[Piece]]:
         prompt = self.prompt
         self._request, _ = prompt.request("start", self.answer)
         facts = {"model": prompt.body.get("model"), "dialect": prompt.dialect.name}
@@ -6123,7 +6122,7 @@ def complete_chat(
 # POSTs, and it raises where a browser would be silent.
 
 
-class _Feed(_Loop[ServerSentEvent]):
+class _Feed(_Loop):
     """The loop of one event stream over all its connections."""
 
     _item_hook = "event"
@@ -6171,7 +6170,7 @@ class _Feed(_Loop[ServerSentEvent]):
         before, _, last = self._view
         self._view = (last[-1].id if last else before, position, batch)
 
-    def _batches(self) -> Generator[list[ServerSentEvent], None, None]:
+    def _batches(self) -> Generator[list[ServerSentEvent]]:
         self._begin({"model": None, "dialect": "events"}, self._request)
         while not self._is_done:
             try:
@@ -6302,7 +6301,8 @@ class EventStream:
 
     def __next__(self) -> ServerSentEvent:
         self._feed.raise_again()
-        return next(self._events)
+        event: ServerSentEvent = next(self._events)
+        return event
 
     def __enter__(self) -> EventStream:  # noqa: PYI034  (Self needs Python 3.11)
         return self
@@ -7493,7 +7493,7 @@ def _bars(waits: _LogHistogram) -> list[str]:
     """The gaps between reads as bars, from the shortest to the longest seen."""
     edges = list(_EDGES)
     sums = [0] + [waits.up_to(place) for place in edges] + [waits.count]
-    counts = [after - before for before, after in zip(sums, sums[1:])]
+    counts = [sums[i + 1] - sums[i] for i in range(len(edges) + 1)]
     used = [place for place, count in enumerate(counts) if count]
     if not used:
         return []

@@ -1,0 +1,8238 @@
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 The resilient_sse authors
+"""Tests of resilient_sse, in sections named as the module's.
+
+They can be pointed at another copy of the module by editing one line, ``import
+resilient_sse as rs``.  The network is loopback: ``examples/flaky_server.py`` breaks
+what a network can break.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import email.utils
+import gc
+import hashlib
+import http.client
+import io
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import weakref
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+import pytest
+import requests
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from urllib3.connectionpool import HTTPConnectionPool
+
+import resilient_sse as rs
+from examples import dashboard, flaky_server, local_model
+from examples.flaky_server import (
+    STORY,
+    ConnectProxy,
+    FlakyServer,
+    read_request,
+    transcript,
+)
+from resilient_sse import Retry, Timeouts, stream_chat
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from resilient_sse import ChatResult, ChatStream
+
+
+# ---------------------------------------------------------------------------
+# 6. Dialects
+# ---------------------------------------------------------------------------
+# Transcripts are written here by hand, in the shapes that providers send.  Each is
+# read whole, and cut after every byte: see DlCase.
+
+
+def dl_data(value, event="", line="\n", head="data: ", pad=""):
+    """One event of a stream, as bytes."""
+    text = value if isinstance(value, str) else dl_json(value)
+    if pad:
+        text = text[:-1] + pad + text[-1]
+    named = f"event: {event}{line}" if event else ""
+    return f"{named}{head}{text}{line}{line}".encode()
+
+
+def dl_json(value):
+    ascii_text = json.dumps(value, separators=(",", ":"))
+    readable = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return ascii_text if re.search("[\ud800-\udfff]", readable) else readable
+
+
+def dl_line(value):
+    """One line of NDJSON."""
+    return dl_json(value).encode() + b"\n"
+
+
+DL_DONE = b"data: [DONE]\n\n"
+
+
+class DlCase(NamedTuple):
+    """A transcript, and what is in it.
+
+    ``complete`` is the number of the event that makes the answer complete, counted
+    from the end as Python does; ``slack``, how many of its last bytes are not needed.
+    """
+
+    dialect: str
+    events: list[bytes]
+    complete: int
+    text: str = ""
+    reasoning: str = ""
+    refusal: str = ""
+    calls: tuple[rs.ToolCall, ...] = ()
+    finish: str | None = "stop"
+    raw: str | None = "stop"
+    usage: tuple[int | None, int | None] | None = None
+    model: str | None = "m1"
+    id: str | None = "id1"
+    message: Any = None
+    slack: int = 0
+
+    @property
+    def body(self):
+        return b"".join(self.events)
+
+    @property
+    def complete_from(self):
+        """The length of the shortest beginning that is a whole answer."""
+        last = self.complete % len(self.events)
+        return len(b"".join(self.events[: last + 1])) - self.slack
+
+
+# -- transcripts: OpenAI Chat Completions and its look-alikes
+
+
+def dl_chunk(delta=None, finish="absent", index=0, **more):
+    choice: dict[str, Any] = {"index": index}
+    if delta is not None:
+        choice["delta"] = delta
+    if finish != "absent":
+        choice["finish_reason"] = finish
+    return dl_data({"id": "id1", "model": "m1", "choices": [choice], **more})
+
+
+def dl_call(index=None, id=None, name=None, arguments=None, **more):
+    """A fragment of a tool call, with only those keys that are given."""
+    function = {"name": name, "arguments": arguments}
+    call = {"index": index, "id": id, **more}
+    return {
+        **{k: v for k, v in call.items() if v is not None},
+        "function": {k: v for k, v in function.items() if v is not None},
+    }
+
+
+def dl_calls(*calls):
+    return dl_chunk({"tool_calls": list(calls)})
+
+
+def dl_openai_usage(given, made, **more):
+    return {"prompt_tokens": given, "completion_tokens": made, **more}
+
+
+def dl_openai_message(content, *calls):
+    message: dict[str, Any] = {"role": "assistant", "content": content}
+    if calls:
+        message["tool_calls"] = [
+            {"id": i, "type": "function", "function": {"name": n, "arguments": a}}
+            for i, n, a in calls
+        ]
+    return message
+
+
+DL_OPENAI = {
+    "openai": DlCase(
+        "openai",
+        [
+            dl_chunk({"role": "assistant", "content": None}, None, usage=None),
+            dl_chunk({"content": ""}, None, obfuscation="xY3"),
+            dl_chunk({"content": " Hé"}, None, obfuscation="", service_tier="x"),
+            dl_chunk({"content": "l\ud83d"}, None),
+            dl_chunk({"content": "\ude00\n"}, None, p="abcd"),
+            dl_chunk({}, "stop", usage=None),
+            dl_data(
+                {
+                    "id": "id1",
+                    "choices": [],
+                    "usage": dl_openai_usage(
+                        7, 5, completion_tokens_details={"reasoning_tokens": 2}
+                    ),
+                }
+            ),
+            DL_DONE,
+        ],
+        complete=5,
+        text=" Hél\U0001f600\n",
+        usage=(7, 5),
+        message=dl_openai_message(" Hél\U0001f600\n"),
+    ),
+    "structured refusal": DlCase(
+        "openai",
+        [
+            dl_chunk({"role": "assistant", "content": None, "refusal": None}),
+            dl_chunk({"refusal": "I can"}, None),
+            dl_chunk({"refusal": "not."}, None),
+            dl_chunk({}, "stop"),
+            DL_DONE,
+        ],
+        complete=3,
+        refusal="I cannot.",
+        message={"role": "assistant", "content": "", "refusal": "I cannot."},
+    ),
+    "tool calls in pieces": DlCase(
+        "openai",
+        [
+            dl_chunk({"role": "assistant", "content": None}, None),
+            dl_calls(dl_call(0, "a", "f", "", type="function")),
+            dl_calls(dl_call(0, arguments='{"x"')),
+            dl_calls(dl_call(0, arguments=": 1}")),
+            dl_calls(dl_call(1, "b", "g", "")),
+            dl_calls(dl_call(1)),
+            dl_chunk({}, "tool_calls"),
+            DL_DONE,
+        ],
+        complete=6,
+        calls=(rs.ToolCall("a", "f", '{"x": 1}'), rs.ToolCall("b", "g", "{}")),
+        finish="tool_calls",
+        raw="tool_calls",
+        message=dl_openai_message(None, ("a", "f", '{"x": 1}'), ("b", "g", "{}")),
+    ),
+    # The same ID and name on every fragment; all calls at index 0; a fragment with
+    # another ID but no name (old vLLM) belongs to the call that is there.
+    "tool calls of shims": DlCase(
+        "openai",
+        [
+            dl_calls(dl_call(0, "a", "f", '{"x"')),
+            dl_calls(dl_call(0, "a", "f", ": 1")),
+            dl_calls(dl_call(0, "made-up", arguments="}")),
+            dl_calls(dl_call(0, "b", "f", "{}")),
+            dl_chunk({}, "stop"),
+            DL_DONE,
+        ],
+        complete=4,
+        calls=(rs.ToolCall("a", "f", '{"x": 1}'), rs.ToolCall("b", "f", "{}")),
+        message=dl_openai_message(None, ("a", "f", '{"x": 1}'), ("b", "f", "{}")),
+    ),
+    # No index: by ID; neither: the last call goes on; a nameless one is no call.
+    "tool calls without index": DlCase(
+        "openai",
+        [
+            dl_chunk({"content": "Let me look."}),
+            dl_calls(dl_call(None, "a", "f", '{"x":')),
+            dl_calls({"function": {"arguments": "1}"}}),
+            dl_calls(dl_call(None, "b", "g"), dl_call(None, "c", "h", "{}")),
+            dl_chunk({"tool_calls": None}, "tool_calls"),
+        ],
+        complete=4,
+        text="Let me look.",
+        calls=(
+            rs.ToolCall("a", "f", '{"x":1}'),
+            rs.ToolCall("b", "g", "{}"),
+            rs.ToolCall("c", "h", "{}"),
+        ),
+        finish="tool_calls",
+        raw="tool_calls",
+        message=dl_openai_message(
+            "Let me look.", ("a", "f", '{"x":1}'), ("b", "g", "{}"), ("c", "h", "{}")
+        ),
+    ),
+    "interleaved tool calls": DlCase(
+        "openai",
+        [
+            dl_calls(dl_call(0, "a", "f", '{"x":')),
+            dl_calls(dl_call(1, "b", "g", '{"y":')),
+            dl_calls(dl_call(0, arguments="1}"), dl_call(1, arguments="2}")),
+            dl_chunk({}, "tool_calls"),
+        ],
+        complete=3,
+        calls=(rs.ToolCall("a", "f", '{"x":1}'), rs.ToolCall("b", "g", '{"y":2}')),
+        finish="tool_calls",
+        raw="tool_calls",
+        message=dl_openai_message(None, ("a", "f", '{"x":1}'), ("b", "g", '{"y":2}')),
+    ),
+    "legacy function": DlCase(
+        "openai",
+        [
+            dl_chunk({"content": None, "function_call": {"name": "f"}}),
+            dl_chunk({"function_call": {"arguments": "{}"}}),
+            dl_chunk({}, "function_call"),
+            DL_DONE,
+        ],
+        complete=2,
+        calls=(rs.ToolCall(None, "f", "{}"),),
+        finish="tool_calls",
+        raw="function_call",
+        message={
+            "role": "assistant",
+            "content": None,
+            "function_call": {"name": "f", "arguments": "{}"},
+        },
+    ),
+    "azure": DlCase(
+        "azure",
+        [
+            dl_data(
+                {
+                    "id": "",
+                    "model": "",
+                    "choices": [],
+                    "prompt_filter_results": [{"prompt_index": 0}],
+                }
+            ),
+            dl_chunk({"content": "Hi", "role": "assistant"}, None),
+            dl_data(
+                {
+                    "id": "",
+                    "model": "",
+                    "choices": [
+                        {
+                            "index": 0,
+                            "finish_reason": None,
+                            "content_filter_results": {"hate": {"filtered": False}},
+                            "content_filter_offsets": {"start_offset": 0},
+                        }
+                    ],
+                }
+            ),
+            dl_chunk({}, "length"),
+            dl_data({"id": "", "choices": [{"content_filter_offsets": {}}]}),
+            DL_DONE,
+        ],
+        complete=3,
+        text="Hi",
+        finish="length",
+        raw="length",
+        message=dl_openai_message("Hi"),
+    ),
+    # Comments; the reasoning in two spellings of which only one counts; two finishes.
+    "openrouter": DlCase(
+        "openrouter",
+        [
+            b": OPENROUTER PROCESSING\n\n",
+            dl_chunk(
+                {
+                    "content": "",
+                    "reasoning": "Hm",
+                    "reasoning_details": [{"type": "reasoning.text", "text": "Hm"}],
+                },
+                None,
+                provider="P",
+            ),
+            b": OPENROUTER PROCESSING\n\n",
+            dl_chunk(
+                {
+                    "reasoning_details": [
+                        {"type": "reasoning.summary", "summary": "m."},
+                        {"type": "reasoning.encrypted", "data": "x"},
+                    ]
+                }
+            ),
+            dl_chunk({"content": "Yes"}, None, native_finish_reason=None),
+            dl_chunk({"content": ""}, "stop", native_finish_reason="STOP"),
+            dl_chunk({"content": ""}, "stop", usage=dl_openai_usage(3, 4, cost=0.1)),
+            DL_DONE,
+        ],
+        complete=5,
+        text="Yes",
+        reasoning="Hmm.",
+        usage=(3, 4),
+        message=dl_openai_message("Yes"),
+    ),
+    "mistral": DlCase(
+        "mistral",
+        [
+            dl_chunk({"role": "assistant", "content": ""}, None, p="ab"),
+            dl_chunk(
+                {
+                    "content": [
+                        {
+                            "type": "thinking",
+                            "thinking": [
+                                {"type": "text", "text": "So"},
+                                {"type": "reference", "reference_ids": [1]},
+                            ],
+                        }
+                    ]
+                },
+                None,
+            ),
+            dl_chunk(
+                {
+                    "content": [
+                        {"type": "text", "text": "A"},
+                        {"type": "reference", "reference_ids": [1]},
+                        {"type": "unheard of", "text": "no"},
+                    ]
+                }
+            ),
+            dl_chunk({"content": "B"}, None, p="abcdef"),
+            dl_chunk(
+                {"content": "", "tool_calls": [dl_call(0, "a", "f", "{}")]},
+                "model_length",
+                usage=dl_openai_usage(1, 2),
+            ),
+            DL_DONE,
+        ],
+        complete=4,
+        text="AB",
+        reasoning="So",
+        calls=(rs.ToolCall("a", "f", "{}"),),
+        finish="length",
+        raw="model_length",
+        usage=(1, 2),
+        message=dl_openai_message("AB", ("a", "f", "{}")),
+    ),
+    "deepseek": DlCase(
+        "deepseek",
+        [
+            b": keep-alive\n\n",
+            b"\n",
+            dl_chunk({"content": None, "reasoning_content": "Well"}, None),
+            dl_chunk({"content": "42", "reasoning_content": None}, None),
+            dl_chunk({"content": ""}, "stop", usage=dl_openai_usage(5, 6)),
+            DL_DONE,
+        ],
+        complete=4,
+        text="42",
+        reasoning="Well",
+        usage=(5, 6),
+        message=dl_openai_message("42"),
+    ),
+    # CRLF; the text so far beside each delta; usage in each chunk; no end marker.
+    "perplexity": DlCase(
+        "openai",
+        [
+            b": ping - 2026-01-01\r\n\r\n",
+            *[
+                dl_data(
+                    {
+                        "id": "id1",
+                        "model": "m1",
+                        "object": kind,
+                        "choices": [
+                            {
+                                "index": 0,
+                                "delta": {"content": delta},
+                                "message": {"content": so_far},
+                                **({"finish_reason": end} if end else {}),
+                            }
+                        ],
+                        "usage": dl_openai_usage(2, made),
+                        "citations": ["https://a.test"],
+                        "search_results": [{"url": "https://a.test"}],
+                    },
+                    line="\r\n",
+                )
+                for kind, delta, so_far, end, made in (
+                    ("chat.completion.chunk", "A", "A", "", 1),
+                    ("chat.completion.chunk", "B", "AB", "", 2),
+                    ("chat.completion.done", "", "AB", "stop", 3),
+                )
+            ],
+        ],
+        complete=3,
+        slack=1,
+        text="AB",
+        usage=(2, 3),
+        message=dl_openai_message("AB"),
+    ),
+    "together": DlCase(
+        "openai",
+        [
+            dl_data(
+                {
+                    "id": "id1",
+                    "model": "m1",
+                    "choices": [{"index": 0, "text": "A", "delta": {"content": "A"}}],
+                }
+            ),
+            dl_chunk({"content": "B"}, "stop"),
+            DL_DONE,
+        ],
+        complete=1,
+        text="AB",
+        message=dl_openai_message("AB"),
+    ),
+    "groq": DlCase(
+        "openai",
+        [
+            dl_chunk({"content": "A", "executed_tools": []}, None),
+            dl_chunk({}, "stop", x_groq={"id": "r", "usage": dl_openai_usage(8, 9)}),
+            DL_DONE,
+        ],
+        complete=1,
+        text="A",
+        usage=(8, 9),
+        message=dl_openai_message("A"),
+    ),
+    "only the end marker": DlCase(
+        "openai",
+        [dl_chunk({"content": "A"}), DL_DONE],
+        complete=1,
+        text="A",
+        finish=None,
+        raw=None,
+        message=dl_openai_message("A"),
+    ),
+    "no space behind the colon": DlCase(
+        "vllm",
+        [
+            b"\xef\xbb\xbf",
+            dl_data(
+                {"id": "id1", "model": "m1", "choices": [{"delta": {"content": "A"}}]},
+                head="data:",
+            ),
+            dl_chunk({"content": ""}, usage=dl_openai_usage(1, 1)),
+            dl_chunk({"content": "B"}, "stop", usage=dl_openai_usage(1, 2)),
+        ],
+        complete=3,
+        text="AB",
+        usage=(1, 2),
+        message=dl_openai_message("AB"),
+    ),
+    "llama.cpp": DlCase(
+        "llamacpp",
+        [
+            b":\n\n",
+            dl_chunk({"role": "assistant", "content": None}, None),
+            dl_chunk({"reasoning_content": "R"}, None),
+            dl_chunk({"content": "A"}, None),
+            dl_chunk({}, "length"),
+            dl_data(
+                {"choices": [], "usage": dl_openai_usage(1, 2), "timings": {"n": 1}}
+            ),
+            DL_DONE,
+        ],
+        complete=4,
+        text="A",
+        reasoning="R",
+        finish="length",
+        raw="length",
+        usage=(1, 2),
+        message=dl_openai_message("A"),
+    ),
+    "filtered": DlCase(
+        "openai",
+        [dl_chunk({"content": "A"}), dl_chunk({}, "content_filter"), DL_DONE],
+        complete=1,
+        text="A",
+        finish="content_filter",
+        raw="content_filter",
+        message=dl_openai_message("A"),
+    ),
+    "an unknown finish": DlCase(
+        "openai",
+        [
+            dl_data(": not a comment", head="unknown: "),
+            dl_data({"new": "kind"}, event="novelty"),
+            dl_chunk({"content": "A"}, "eos", logprobs=None, annotations=[{}]),
+        ],
+        complete=2,
+        text="A",
+        finish="other",
+        raw="eos",
+        message=dl_openai_message("A"),
+    ),
+    "completions": DlCase(
+        "openai-completions",
+        [
+            dl_data(
+                {
+                    "id": "id1",
+                    "model": "m1",
+                    "choices": [{"index": 0, "text": "A", "finish_reason": None}],
+                }
+            ),
+            dl_data({"choices": [{"index": 0, "text": "é", "logprobs": None}]}),
+            dl_data({"choices": [{"index": 0, "text": "", "finish_reason": "length"}]}),
+            dl_data({"choices": [], "usage": dl_openai_usage(1, 2)}),
+            DL_DONE,
+        ],
+        complete=2,
+        text="Aé",
+        finish="length",
+        raw="length",
+        usage=(1, 2),
+        message={"role": "assistant", "content": "Aé"},
+    ),
+}
+
+# -- transcripts: OpenAI Responses
+
+
+def dl_response(kind, number=None, line=True, **facts):
+    value = {"type": kind, "sequence_number": number, **facts}
+    if number is None:
+        del value["sequence_number"]
+    return dl_data(value, event=kind if line else "")
+
+
+def dl_created(number=0, line=True):
+    about = {"id": "id1", "model": "m1", "status": "in_progress", "output": []}
+    return dl_response("response.created", number, line, response=about)
+
+
+def dl_part(kind, number, value, place=(0, 0), line=True, key="delta"):
+    where = {"item_id": "i", "output_index": place[0], "content_index": place[1]}
+    return dl_response(f"response.{kind}", number, line, **where, **{key: value})
+
+
+def dl_ended(number, output, status="completed", line=True, usage=(3, 4), **facts):
+    about = {
+        "id": "id1",
+        "model": "m1",
+        "status": status,
+        "error": None,
+        "output": output,
+        "usage": usage and {"input_tokens": usage[0], "output_tokens": usage[1]},
+        **facts,
+    }
+    return dl_response(f"response.{status}", number, line, response=about)
+
+
+def dl_said(text):
+    content = [{"type": "output_text", "text": text, "annotations": []}]
+    return {"type": "message", "id": "m", "role": "assistant", "content": content}
+
+
+DL_RESPONSES_OUTPUT = [
+    {"type": "reasoning", "id": "r", "summary": [{"text": "Hmm"}, {"text": "So"}]},
+    {"type": "web_search_call", "id": "w", "status": "completed"},
+    dl_said("Héllo"),
+]
+DL_RESPONSES_CALLS = [
+    {"type": "function_call", "id": "f", "call_id": "a", "name": "f", "arguments": ""},
+    {
+        "type": "function_call",
+        "id": "g",
+        "call_id": "b",
+        "name": "g",
+        "arguments": '{"x":1}',
+    },
+    {
+        "type": "custom_tool_call",
+        "id": "h",
+        "call_id": "c",
+        "name": "h",
+        "input": "free text",
+    },
+]
+
+
+def dl_item(kind, number, place, item):
+    return dl_response(
+        f"response.output_item.{kind}", number, output_index=place, item=item
+    )
+
+
+def dl_summary(kind, number, place, value, key):
+    return dl_response(
+        f"response.reasoning_summary_text.{kind}",
+        number,
+        item_id="r",
+        output_index=0,
+        summary_index=place,
+        **{key: value},
+    )
+
+
+DL_RESPONSES = {
+    "responses": DlCase(
+        "openai-responses",
+        [
+            dl_created(0),
+            dl_response("keepalive", 1),
+            dl_response("response.in_progress", 2, response={"id": "id1"}),
+            dl_item("added", 3, 0, {"type": "reasoning", "id": "r", "summary": []}),
+            dl_summary("delta", 4, 0, "Hm", "delta"),
+            dl_summary("delta", 5, 0, "m", "delta"),
+            dl_summary("done", 6, 0, "Hmm", "text"),
+            dl_summary("done", 7, 1, "So", "text"),
+            dl_item("added", 8, 1, {"type": "web_search_call", "id": "w"}),
+            dl_response("response.web_search_call.searching", 9, output_index=1),
+            dl_item("added", 10, 2, {"type": "message", "id": "m", "content": []}),
+            dl_part("content_part.added", 11, {"text": ""}, (2, 0), key="part"),
+            dl_part("output_text.delta", 12, "Hé", (2, 0)),
+            # A gateway may rewrite the item's ID between two events.
+            dl_part("output_text.delta", 13, "llo", (2, 0)).replace(b'"i"', b'"j"'),
+            dl_part("output_text.annotation.added", 14, {}, (2, 0), key="annotation"),
+            dl_part("output_text.done", 15, "Héllo", (2, 0), key="text"),
+            dl_part("content_part.done", 16, {"text": "Héllo"}, (2, 0), key="part"),
+            dl_item("done", 17, 2, dl_said("Héllo")),
+            dl_ended(18, DL_RESPONSES_OUTPUT),
+        ],
+        complete=-1,
+        text="Héllo",
+        reasoning="HmmSo",
+        raw="completed",
+        usage=(3, 4),
+        message=DL_RESPONSES_OUTPUT,
+    ),
+    "responses tools": DlCase(
+        "openai-responses",
+        [
+            dl_created(0),
+            dl_item("added", 1, 0, {**DL_RESPONSES_CALLS[0], "arguments": ""}),
+            dl_item("done", 2, 0, DL_RESPONSES_CALLS[0]),
+            dl_item("added", 3, 1, {**DL_RESPONSES_CALLS[1], "arguments": ""}),
+            dl_part("function_call_arguments.delta", 4, '{"x"', (1, 0)),
+            dl_part("function_call_arguments.delta", 5, ":1}", (1, 0)),
+            dl_part("function_call_arguments.done", 6, '{"x":1}', (1, 0))
+            .replace(b'"delta"', b'"arguments"')
+            .replace(b'"i"', b'"j"'),
+            dl_item("done", 7, 1, DL_RESPONSES_CALLS[1]),
+            dl_item("added", 8, 2, {**DL_RESPONSES_CALLS[2], "input": ""}),
+            dl_part("custom_tool_call_input.delta", 9, "free ", (2, 0)),
+            dl_part("custom_tool_call_input.delta", 10, "text", (2, 0)),
+            dl_item("done", 11, 2, DL_RESPONSES_CALLS[2]),
+            dl_ended(12, DL_RESPONSES_CALLS),
+        ],
+        complete=-1,
+        calls=(
+            rs.ToolCall("a", "f", "{}"),
+            rs.ToolCall("b", "g", '{"x":1}'),
+            rs.ToolCall("c", "h", "free text"),
+        ),
+        finish="tool_calls",
+        raw="completed",
+        usage=(3, 4),
+        message=DL_RESPONSES_CALLS,
+    ),
+    # OpenRouter: no event lines, no sequence numbers, and an end marker behind.
+    "responses of openrouter": DlCase(
+        "openai-responses",
+        [
+            dl_created(None, line=False),
+            dl_part("reasoning_text.delta", None, "Hm", line=False),
+            dl_part("output_text.delta", None, "A", (1, 0), line=False),
+            dl_part("output_text.delta", None, "B", (2, 0), line=False),
+            dl_ended(
+                None,
+                [],
+                "incomplete",
+                line=False,
+                incomplete_details={"reason": "max_output_tokens"},
+            ),
+            DL_DONE,
+        ],
+        complete=4,
+        text="AB",
+        reasoning="Hm",
+        finish="length",
+        raw="incomplete",
+        usage=(3, 4),
+        message=[
+            {
+                "type": "message",
+                "role": "assistant",
+                "content": [{"type": "output_text", "text": "AB"}],
+            }
+        ],
+    ),
+    "responses refusal": DlCase(
+        "openai-responses",
+        [
+            dl_created(),
+            dl_part("refusal.delta", 1, "N"),
+            dl_part("refusal.delta", 2, "o."),
+            dl_part("refusal.done", 3, "No.", key="refusal"),
+            dl_ended(4, [{"type": "message", "content": [{"refusal": "No."}]}]),
+        ],
+        complete=-1,
+        refusal="No.",
+        raw="completed",
+        usage=(3, 4),
+        message=[{"type": "message", "content": [{"refusal": "No."}]}],
+    ),
+    "responses with done events only": DlCase(
+        "openai-responses",
+        [
+            dl_created(),
+            dl_part("reasoning_text.done", 1, "Hm", key="text"),
+            dl_part("output_text.done", 2, "A", (1, 0), key="text"),
+            dl_part("output_text.done", 3, "B", (2, 0), key="text"),
+            dl_ended(
+                4,
+                [dl_said("A"), dl_said("B")],
+                "incomplete",
+                usage=(0, 0),
+                incomplete_details={"reason": "content_filter"},
+            ),
+        ],
+        complete=-1,
+        text="AB",
+        reasoning="Hm",
+        finish="content_filter",
+        raw="incomplete",
+        usage=(0, 0),
+        message=[dl_said("A"), dl_said("B")],
+    ),
+    "responses with a final object only": DlCase(
+        "openai-responses",
+        [
+            dl_created(),
+            dl_part("reasoning_text.delta", 1, "Hm"),
+            dl_ended(
+                2,
+                [{"type": "reasoning", "content": [{"text": "Hm"}]}, dl_said("A")],
+                usage=None,
+            ),
+        ],
+        complete=-1,
+        text="A",
+        reasoning="Hm",
+        raw="completed",
+        message=[{"type": "reasoning", "content": [{"text": "Hm"}]}, dl_said("A")],
+    ),
+    # llama.cpp: neither numbers nor places.
+    "responses of llama.cpp": DlCase(
+        "openai-responses",
+        [
+            dl_created(None),
+            dl_response("response.output_text.delta", item_id="i", delta="A"),
+            dl_response("response.output_text.delta", item_id="i", delta="B"),
+            dl_response("response.output_text.done", item_id="i", text="AB"),
+            dl_response(
+                "response.output_item.added",
+                item={"type": "function_call", "id": "j", "call_id": "a", "name": "f"},
+            ),
+            dl_response(
+                "response.function_call_arguments.delta", item_id="j", delta="{}"
+            ),
+            dl_ended(None, [dl_said("AB")]),
+        ],
+        complete=-1,
+        text="AB",
+        calls=(rs.ToolCall("a", "f", "{}"),),
+        finish="tool_calls",
+        raw="completed",
+        usage=(3, 4),
+        message=[dl_said("AB")],
+    ),
+}
+
+# -- transcripts: Anthropic Messages
+
+
+def dl_claude(kind, pad="", **facts):
+    return dl_data({"type": kind, **facts}, event=kind, pad=pad)
+
+
+def dl_block(index, *deltas, **block):
+    """The events of one content block."""
+    start = dl_claude("content_block_start", index=index, content_block=block)
+    middle = [
+        dl_claude("content_block_delta", pad=" " * n, index=index, delta=delta)
+        for n, delta in enumerate(deltas, 1)
+    ]
+    return [start, *middle, dl_claude("content_block_stop", index=index)]
+
+
+def dl_claude_start(**usage):
+    about = {"id": "id1", "model": "m1", "role": "assistant", "content": []}
+    usage = {"input_tokens": 9, "output_tokens": 1, **usage}
+    return dl_claude("message_start", message={**about, "usage": usage})
+
+
+def dl_claude_end(reason, **usage):
+    return [
+        dl_claude("message_delta", delta={"stop_reason": reason}, usage=usage),
+        dl_claude("message_stop"),
+    ]
+
+
+def dl_delta(kind, value):
+    key = {"text": "text", "thinking": "thinking", "input_json": "partial_json"}
+    return {"type": f"{kind}_delta", key.get(kind, kind): value}
+
+
+DL_ANTHROPIC = {
+    "anthropic": DlCase(
+        "anthropic",
+        [
+            dl_claude_start(cache_read_input_tokens=2),
+            dl_claude("ping"),
+            *dl_block(
+                0,
+                dl_delta("thinking", "Hm"),
+                dl_delta("thinking", "m"),
+                dl_delta("signature", "sig"),
+                dl_delta("signature", "ned"),
+                type="thinking",
+                thinking="",
+                signature="",
+            ),
+            *dl_block(1, type="redacted_thinking", data="secret"),
+            *dl_block(
+                2,
+                dl_delta("text", "Hé"),
+                dl_delta("citations", None),
+                {"type": "citations_delta", "citation": {"cited_text": "c"}},
+                type="text",
+                text=" ",
+                citations=None,
+            ),
+            *dl_block(3, dl_delta("text", "\n\n"), type="text", text=""),
+            *dl_block(4, {"type": "new_delta", "x": 1}, type="new_block", x=0),
+            *dl_block(5, dl_delta("text", "llo"), type="text", text=""),
+            dl_claude("ping"),
+            dl_claude("new_event", text="no"),
+            *dl_claude_end("stop_sequence", output_tokens=40),
+        ],
+        complete=-2,
+        text=" Hé\n\nllo",
+        reasoning="Hmm",
+        raw="stop_sequence",
+        usage=(9, 40),
+        message={
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "Hmm", "signature": "signed"},
+                {"type": "redacted_thinking", "data": "secret"},
+                {
+                    "type": "text",
+                    "text": " Hé",
+                    "citations": [None, {"cited_text": "c"}],
+                },
+                {"type": "new_block", "x": 0},
+                {"type": "text", "text": "llo"},
+            ],
+        },
+    ),
+    "anthropic tools": DlCase(
+        "anthropic",
+        [
+            dl_claude_start(),
+            *dl_block(
+                0,
+                dl_delta("input_json", '{"query":'),
+                dl_delta("input_json", '"q"}'),
+                type="server_tool_use",
+                id="s",
+                name="web_search",
+                input={},
+            ),
+            *dl_block(1, type="web_search_tool_result", tool_use_id="s", content=[]),
+            *dl_block(
+                2,
+                dl_delta("thinking", "A"),
+                dl_delta("thinking", "B"),
+                type="thinking",
+                thinking="",
+                signature="s1",
+            ),
+            *dl_block(3, dl_delta("thinking", "C"), type="thinking", signature="s2"),
+            *dl_block(
+                4,
+                dl_delta("input_json", ""),
+                type="tool_use",
+                id="a",
+                name="f",
+                input={},
+            ),
+            *dl_block(
+                5,
+                dl_delta("input_json", ""),
+                dl_delta("input_json", '{"x": "'),
+                dl_delta("input_json", 'é"}'),
+                type="tool_use",
+                id="b",
+                name="g",
+                input={},
+            ),
+            dl_claude("message_delta", delta={"stop_reason": None}, usage={}),
+            *dl_claude_end("tool_use", output_tokens=40, input_tokens=10),
+        ],
+        complete=-2,
+        reasoning="ABC",
+        calls=(rs.ToolCall("a", "f", "{}"), rs.ToolCall("b", "g", '{"x": "é"}')),
+        finish="tool_calls",
+        raw="tool_use",
+        usage=(10, 40),
+        message={
+            "role": "assistant",
+            "content": [
+                {
+                    "type": "server_tool_use",
+                    "id": "s",
+                    "name": "web_search",
+                    "input": {"query": "q"},
+                },
+                {"type": "web_search_tool_result", "tool_use_id": "s", "content": []},
+                {"type": "thinking", "thinking": "AB", "signature": "s1"},
+                {"type": "thinking", "thinking": "C", "signature": "s2"},
+                {"type": "tool_use", "id": "a", "name": "f", "input": {}},
+                {"type": "tool_use", "id": "b", "name": "g", "input": {"x": "é"}},
+            ],
+        },
+    ),
+    "anthropic empty": DlCase(
+        "anthropic",
+        [dl_claude_start(), *dl_claude_end("end_turn", output_tokens=2)],
+        complete=-2,
+        raw="end_turn",
+        usage=(9, 2),
+        message={"role": "assistant", "content": []},
+    ),
+    "anthropic refusal": DlCase(
+        "anthropic",
+        [dl_claude_start(), *dl_claude_end("refusal", output_tokens=2)],
+        complete=-2,
+        finish="content_filter",
+        raw="refusal",
+        usage=(9, 2),
+        message={"role": "assistant", "content": []},
+    ),
+    # No event lines; a compaction; the usage is a running total, not to be summed.
+    "anthropic of a proxy": DlCase(
+        "anthropic",
+        [
+            event[event.index(b"data: ") :]
+            for event in [
+                dl_claude_start(),
+                *dl_block(
+                    0,
+                    {"type": "compaction_delta", "content": "sum"},
+                    type="compaction",
+                    content=None,
+                ),
+                *dl_block(1, dl_delta("text", "A"), type="text", text=""),
+                dl_claude("message_delta", delta={}, usage={"output_tokens": 3}),
+                *dl_claude_end("max_tokens", output_tokens=5),
+            ]
+        ],
+        complete=-2,
+        text="A",
+        finish="length",
+        raw="max_tokens",
+        usage=(9, 5),
+        message={
+            "role": "assistant",
+            "content": [
+                {"type": "compaction", "content": "sum"},
+                {"type": "text", "text": "A"},
+            ],
+        },
+    ),
+}
+
+# -- transcripts: Gemini
+
+
+def dl_gemini(*parts, line="\r\n", **candidate):
+    """A chunk with these parts; candidate has more keys, usage among them."""
+    usage = candidate.pop("usage", None)
+    one: dict[str, Any] = {"content": {"role": "model", "parts": list(parts)}}
+    value: dict[str, Any] = {"responseId": "id1", "modelVersion": "m1"}
+    value["candidates"] = [{**one, **candidate}]
+    if usage:
+        names = ("promptTokenCount", "candidatesTokenCount", "thoughtsTokenCount")
+        value["usageMetadata"] = {
+            name: count for name, count in zip(names, usage) if count is not None
+        }
+    return dl_data(value, line=line)
+
+
+DL_SIGNED_CALL = {
+    "functionCall": {"name": "f", "args": {"x": 1}},
+    "thoughtSignature": "s2",
+}
+
+DL_GEMINI = {
+    "gemini": DlCase(
+        "gemini",
+        [
+            dl_gemini({"text": "", "thought": True}),
+            dl_gemini({"text": "Hmm", "thought": True}, usage=(5, None, 3)),
+            dl_gemini({"text": "Hé"}, {"text": "llo"}, {"text": ""}, usage=(5, 2, 3)),
+            dl_gemini({"text": ", you", "thoughtSignature": "s1"}),
+            dl_gemini({"text": "."}),
+            dl_gemini({"executableCode": {"code": "1"}}, {"newPart": 1}),
+            dl_gemini(
+                DL_SIGNED_CALL, {"functionCall": {"name": "g", "id": "b"}}, {"text": ""}
+            ),
+            dl_gemini({"text": "!"}),
+            dl_gemini(
+                {"text": "", "thoughtSignature": "s3"},
+                finishReason="STOP",
+                usage=(5, 9, 3),
+                index=0,
+                safetyRatings=[],
+            ),
+        ],
+        complete=-1,
+        slack=1,
+        text="Héllo, you.!",
+        reasoning="Hmm",
+        calls=(rs.ToolCall(None, "f", '{"x": 1}'), rs.ToolCall("b", "g", "{}")),
+        finish="tool_calls",
+        raw="STOP",
+        usage=(5, 12),
+        message={
+            "role": "model",
+            "parts": [
+                {"text": "", "thought": True},
+                {"text": "Hmm", "thought": True},
+                {"text": "Héllo"},
+                {"text": ", you", "thoughtSignature": "s1"},
+                {"text": "."},
+                {"executableCode": {"code": "1"}},
+                {"newPart": 1},
+                DL_SIGNED_CALL,
+                {"functionCall": {"name": "g", "id": "b"}},
+                {"text": "!"},
+                {"text": "", "thoughtSignature": "s3"},
+            ],
+        },
+    ),
+    # Vertex streams arguments as values at paths; the empty call ends it.
+    "gemini with streamed arguments": DlCase(
+        "gemini",
+        [
+            dl_gemini({"text": "A"}),
+            dl_gemini(
+                {
+                    "functionCall": {"name": "f", "id": "a", "willContinue": True},
+                    "thoughtSignature": "s",
+                }
+            ),
+            *[
+                dl_gemini(
+                    {"functionCall": {"partialArgs": pieces, "willContinue": True}}
+                )
+                for pieces in (
+                    [{"jsonPath": "$.c", "stringValue": "Par", "willContinue": True}],
+                    [{"jsonPath": "$.c", "stringValue": "is"}],
+                    [
+                        {"jsonPath": "$.d[0].n", "numberValue": 1},
+                        {"jsonPath": "$.d[1].n", "boolValue": False},
+                    ],
+                    [{"jsonPath": "$['e f']", "nullValue": None}, {"odd": 1}],
+                )
+            ],
+            dl_gemini({"functionCall": {}}),
+            dl_gemini({"functionCall": {"name": "g", "args": {}}}),
+            dl_gemini(finishReason="STOP"),
+        ],
+        complete=-1,
+        slack=1,
+        text="A",
+        calls=(
+            rs.ToolCall(
+                "a",
+                "f",
+                '{"c": "Paris", "d": [{"n": 1}, {"n": false}], "e f": null}',
+            ),
+            rs.ToolCall(None, "g", "{}"),
+        ),
+        finish="tool_calls",
+        raw="STOP",
+        message={
+            "role": "model",
+            "parts": [
+                {"text": "A"},
+                {
+                    "functionCall": {
+                        "name": "f",
+                        "id": "a",
+                        "args": {
+                            "c": "Paris",
+                            "d": [{"n": 1}, {"n": False}],
+                            "e f": None,
+                        },
+                    },
+                    "thoughtSignature": "s",
+                },
+                {"functionCall": {"name": "g", "args": {}}},
+            ],
+        },
+    ),
+    "gemini blocked": DlCase(
+        "gemini",
+        [
+            dl_data(
+                {
+                    "promptFeedback": {"blockReason": "SAFETY"},
+                    "usageMetadata": {"promptTokenCount": 5},
+                    "modelVersion": "m1",
+                    "responseId": "id1",
+                }
+            )
+        ],
+        complete=0,
+        finish="content_filter",
+        raw="SAFETY",
+        usage=(5, None),
+        message={"role": "model", "parts": [{"text": ""}]},
+    ),
+    # Enumerations as numbers; no content, or content without parts.
+    "gemini with numbers": DlCase(
+        "gemini",
+        [
+            dl_gemini({"text": "A"}),
+            dl_gemini({"text": "B"}).replace(b'"parts"', b'"other"'),
+            dl_gemini(finishReason=2).replace(b'"content"', b'"other"'),
+        ],
+        complete=-1,
+        slack=1,
+        text="A",
+        finish="length",
+        raw="MAX_TOKENS",
+        message={"role": "model", "parts": [{"text": "A"}]},
+    ),
+}
+
+# -- transcripts: Cohere, Ollama, TGI
+
+
+def dl_cohere(kind, index=None, error=None, **delta):
+    value: dict[str, Any] = {"type": kind}
+    if index is not None:
+        value["index"] = index
+    return dl_data({**value, "delta": delta}, event=kind)
+
+
+def dl_cohere_text(kind, **content):
+    return dl_cohere(kind, 0, message={"content": content})
+
+
+def dl_cohere_call(kind, index, **call):
+    return dl_cohere(kind, index, message={"tool_calls": call})
+
+
+DL_OTHERS = {
+    "cohere": DlCase(
+        "cohere",
+        [
+            dl_data({"id": "id1", "type": "message-start"}, event="message-start"),
+            dl_cohere("tool-plan-delta", message={"tool_plan": "I will "}),
+            dl_cohere("tool-plan-delta", message={"tool_plan": "look."}),
+            dl_cohere_text("content-start", type="thinking", thinking=""),
+            dl_cohere_text("content-delta", thinking="Hmm"),
+            dl_cohere("content-end", 0),
+            dl_cohere_text("content-start", type="text", text=""),
+            dl_cohere_text("content-delta", text="Hé"),
+            dl_cohere("citation-start", 0, message={"citations": {"text": "Hé"}}),
+            dl_cohere("citation-end", 0),
+            dl_cohere_text("content-delta", text="llo"),
+            dl_cohere("content-end", 0),
+            dl_cohere_call(
+                "tool-call-start",
+                0,
+                id="a",
+                type="function",
+                function={"name": "f", "arguments": ""},
+            ),
+            dl_cohere("tool-call-end", 0),
+            dl_cohere_call(
+                "tool-call-start", 1, id="b", function={"name": "g", "arguments": ""}
+            ),
+            dl_cohere_call("tool-call-delta", 1, function={"arguments": '{"x"'}),
+            dl_cohere_call("tool-call-delta", 1, function={"arguments": ":1}"}),
+            dl_cohere("tool-call-end", 1),
+            dl_cohere("novelty", 1),
+            dl_cohere(
+                "message-end",
+                finish_reason="TOOL_CALL",
+                usage={
+                    "billed_units": {"input_tokens": 1, "output_tokens": 2},
+                    "tokens": {"input_tokens": 30, "output_tokens": 40},
+                },
+            ),
+            DL_DONE,
+        ],
+        complete=-2,
+        text="Héllo",
+        reasoning="Hmm",
+        calls=(rs.ToolCall("a", "f", "{}"), rs.ToolCall("b", "g", '{"x":1}')),
+        finish="tool_calls",
+        raw="TOOL_CALL",
+        usage=(30, 40),
+        model=None,
+        message={
+            **dl_openai_message("Héllo", ("a", "f", "{}"), ("b", "g", '{"x":1}')),
+            "tool_plan": "I will look.",
+        },
+    ),
+    "cohere at its limit": DlCase(
+        "cohere",
+        [
+            dl_data({"id": "id1", "type": "message-start"}, event="message-start"),
+            dl_cohere_text("content-delta", text="A"),
+            dl_cohere("message-end", finish_reason="MAX_TOKENS"),
+            DL_DONE,
+        ],
+        complete=-2,
+        text="A",
+        finish="length",
+        raw="MAX_TOKENS",
+        model=None,
+        message=dl_openai_message("A"),
+    ),
+    "ollama": DlCase(
+        "ollama",
+        [
+            dl_line({"model": "m1", "message": {"content": "", "thinking": "Hmm"}}),
+            b"\n",
+            dl_line({"model": "m1", "message": {"content": "Hé"}, "done": False}),
+            dl_line(
+                {"created_at": "now", "message": {"content": "llo", "novelty": None}}
+            ),
+            dl_line(
+                {
+                    "message": {
+                        "content": "",
+                        "tool_calls": [
+                            {"function": {"name": "f", "arguments": {"x": 1}}},
+                            {"id": "b", "function": {"name": "g", "arguments": {}}},
+                        ],
+                    }
+                }
+            ),
+            dl_line(
+                {
+                    "model": "m1",
+                    "message": {"content": ""},
+                    "done": True,
+                    "done_reason": "stop",
+                    "eval_count": 4,
+                    "total_duration": 5,
+                }
+            ),
+        ],
+        complete=-1,
+        slack=1,
+        text="Héllo",
+        reasoning="Hmm",
+        calls=(rs.ToolCall(None, "f", '{"x": 1}'), rs.ToolCall("b", "g", "{}")),
+        finish="tool_calls",
+        raw="stop",
+        usage=(None, 4),
+        id=None,
+        message={
+            "role": "assistant",
+            "content": "Héllo",
+            "thinking": "Hmm",
+            "tool_calls": [
+                {"function": {"name": "f", "arguments": {"x": 1}}},
+                {"id": "b", "function": {"name": "g", "arguments": {}}},
+            ],
+        },
+    ),
+    "old ollama": DlCase(
+        "ollama",
+        [
+            dl_line({"model": "m1", "message": {"content": "A"}}),
+            dl_line({"model": "m1", "done": True}),
+        ],
+        complete=-1,
+        slack=1,
+        text="A",
+        finish=None,
+        raw=None,
+        id=None,
+        message={"role": "assistant", "content": "A"},
+    ),
+    "ollama-generate": DlCase(
+        "ollama-generate",
+        [
+            dl_line({"model": "m1", "thinking": "Hm", "response": ""}),
+            dl_line({"model": "m1", "response": "é", "done": False}),
+            dl_line({"model": "m1", "response": "A"}),
+            dl_line(
+                {
+                    "response": "",
+                    "done": True,
+                    "done_reason": "length",
+                    "context": [1, 2],
+                    "prompt_eval_count": 3,
+                    "eval_count": 4,
+                }
+            ),
+        ],
+        complete=-1,
+        slack=1,
+        text="éA",
+        reasoning="Hm",
+        finish="length",
+        raw="length",
+        usage=(3, 4),
+        id=None,
+        message={"role": "assistant", "content": "éA", "thinking": "Hm"},
+    ),
+    "tgi": DlCase(
+        "tgi",
+        [
+            b":\n\n",
+            dl_data(
+                {"index": 1, "token": {"text": " Hé", "special": False}}, head="data:"
+            ),
+            dl_data({"token": {"text": "<s>", "special": True}, "top_tokens": []}),
+            dl_data({"token": {"text": "!"}, "generated_text": None, "details": None}),
+            dl_data(
+                {
+                    "token": {"text": "</s>", "special": True},
+                    "generated_text": " Hé!",
+                    "details": {
+                        "finish_reason": "eos_token",
+                        "generated_tokens": 3,
+                        "input_length": 2,
+                    },
+                },
+                head="data:",
+            ),
+        ],
+        complete=-1,
+        text=" Hé!",
+        raw="eos_token",
+        usage=(2, 3),
+        model=None,
+        id=None,
+        message={"role": "assistant", "content": " Hé!"},
+    ),
+    "tgi without details": DlCase(
+        "tgi",
+        [
+            dl_data({"token": {"text": "A"}}),
+            dl_data({"token": {"text": "B"}, "generated_text": "AB", "details": None}),
+        ],
+        complete=-1,
+        text="AB",
+        finish=None,
+        raw=None,
+        model=None,
+        id=None,
+        message={"role": "assistant", "content": "AB"},
+    ),
+}
+
+DL_CASES = {**DL_OPENAI, **DL_RESPONSES, **DL_ANTHROPIC, **DL_GEMINI, **DL_OTHERS}
+
+dl_cases = pytest.mark.parametrize("case", DL_CASES.values(), ids=list(DL_CASES))
+
+
+class DlHeard(NamedTuple):
+    """What a consumer of ``deltas()`` has heard, and how the stream ended."""
+
+    deltas: list[rs.Delta]
+    result: rs.ChatResult
+    error: rs.StreamingError | None
+
+    def said(self, kind):
+        return "".join(d.text for d in self.deltas if (d.kind, d.index) == (kind, 0))
+
+    @property
+    def error_facts(self):
+        error = self.error
+        return type(error).__name__, getattr(error, "code", None)
+
+
+def dl_hear(raw, dialect):
+    stream = rs.ChatStream.replay(raw, dialect)
+    deltas, error = [], None
+    try:
+        deltas.extend(stream.deltas())
+    except rs.StreamingError as caught:
+        error = caught
+    return DlHeard(deltas, stream.result, error)
+
+
+def test_every_dialect_has_a_transcript():
+    assert {case.dialect for case in DL_CASES.values()} == set(rs.DIALECTS)
+
+
+@dl_cases
+def test_a_transcript_is_read_whole(case):
+    heard = dl_hear(case.body, case.dialect)
+    result = heard.result
+    assert heard.error is None
+    assert (result.text, heard.said("text")) == (case.text, case.text)
+    assert (result.reasoning, heard.said("reasoning")) == (case.reasoning,) * 2
+    assert (result.refusal, heard.said("refusal")) == (case.refusal,) * 2
+    assert result.tool_calls == case.calls
+    assert (result.finish_reason, result.raw_finish_reason) == (case.finish, case.raw)
+    assert (result.usage and result.usage[:2]) == case.usage
+    assert (result.model, result.id) == (case.model, case.id)
+    assert result.stats.malformed == 0
+    assert result.stats.cut_tool_calls == 0
+    assert result.choices == {0: case.text}
+
+
+@dl_cases
+def test_the_message_is_ready_for_the_next_turn(case):
+    assert dl_hear(case.body, case.dialect).result.message == case.message
+
+
+@dl_cases
+def test_the_pieces_of_a_tool_call_join_to_its_arguments(case):
+    calls: dict[int, rs.ToolCall] = {}
+    for delta in dl_hear(case.body, case.dialect).deltas:
+        if delta.kind == "tool_call":
+            assert isinstance(delta.data, dict)
+            number = delta.data["index"]
+            known = calls.get(number, rs.ToolCall(None, "", "")).arguments
+            whole = known + delta.text
+            calls[number] = rs.ToolCall(delta.data["id"], delta.data["name"], whole)
+    joined = [
+        call._replace(arguments=call.arguments or "{}") for call in calls.values()
+    ]
+    assert joined == list(case.calls)
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, None], ids=str)
+@dl_cases
+def test_the_same_is_read_however_the_bytes_are_grouped(case, size):
+    body = case.body
+    pieces = (
+        [body[i : i + size] for i in range(0, len(body), size)] if size else case.events
+    )
+    whole, pieced = dl_hear(body, case.dialect), dl_hear(pieces, case.dialect)
+    names = "text reasoning refusal tool_calls usage message finish_reason id model"
+    for name in names.split():
+        assert getattr(pieced.result, name) == getattr(whole.result, name), name
+    assert pieced.error is None
+
+
+@dl_cases
+def test_a_stream_cut_after_any_byte_is_never_whole_too_early_nor_too_late(case):
+    for size in range(len(case.body) + 1):
+        heard = dl_hear(case.body[:size], case.dialect)
+        assert (heard.error is None) == (size >= case.complete_from), size
+        dl_check_beginning(heard, case)
+        if heard.error is not None:
+            kinds = (rs.IncompleteStreamError, rs.MalformedStreamError)
+            assert isinstance(heard.error, kinds)
+
+
+def dl_check_beginning(heard, case):
+    result = heard.result
+    assert case.text.startswith(result.text)
+    assert case.reasoning.startswith(result.reasoning)
+    assert case.refusal.startswith(result.refusal)
+    assert result.tool_calls == case.calls[: len(result.tool_calls)]
+    assert result.stats.malformed == 0
+    if heard.error is None:
+        assert (result.text, result.tool_calls) == (case.text, case.calls)
+        assert (result.finish_reason, result.raw_finish_reason) == case[7:9]
+    else:
+        assert heard.error.retryable
+
+
+@dl_cases
+def test_a_connection_that_drops_after_any_event_is_noticed(case):
+    final = rs.DIALECTS[case.dialect].finish_is_final
+
+    def dropping(count):
+        yield from case.events[:count]
+        raise rs.StreamConnectionError("dropped", retryable=True)
+
+    for count in range(len(case.events) + 1):
+        heard = dl_hear(dropping(count), case.dialect)
+        whole = final and count > case.complete % len(case.events)
+        assert (heard.error is None) == whole, count
+        dl_check_beginning(heard, case)
+
+
+def test_a_finish_reason_on_every_chunk_of_gemini_ends_nothing():
+    events = [
+        dl_gemini({"text": text}, finishReason="STOP", usage=(1, n, None))
+        for n, text in enumerate("abc")
+    ]
+    heard = dl_hear(b"".join(events), "gemini")
+    assert (heard.error, heard.result.text) == (None, "abc")
+    assert heard.result.usage[:2] == (1, 2)
+
+    def dropping():
+        yield events[0]
+        raise rs.StreamConnectionError("dropped", retryable=True)
+
+    heard = dl_hear(dropping(), "gemini")
+    assert isinstance(heard.error, rs.StreamConnectionError)
+    assert heard.result.text == "a"
+
+
+def test_text_behind_a_finish_reason_is_delivered():
+    # The finish of a router's upstream may come before the last of the text.
+    body = dl_chunk({"content": "A"}, "stop") + dl_chunk({"content": "B"}) + DL_DONE
+    assert dl_hear(body, "openai").result.text == "AB"
+
+
+def test_nothing_behind_the_end_marker_is_delivered():
+    body = dl_chunk({"content": "A"}) + DL_DONE + dl_chunk({"content": "B"}) + b"{"
+    heard = dl_hear(body, "openai")
+    assert (heard.error, heard.result.text) == (None, "A")
+
+
+def test_choices_are_kept_apart_and_each_has_its_own_finish():
+    body = b"".join(
+        [
+            dl_chunk({"content": "a"}, index=0),
+            dl_chunk({"content": "x"}, index=1),
+            dl_chunk({"content": "y", "reasoning": "r"}, index=1),
+            dl_chunk({"content": "b"}, "stop", index=0),
+        ]
+    )
+    heard = dl_hear(body, "openai")
+    assert isinstance(heard.error, rs.IncompleteStreamError)
+    heard = dl_hear(body + dl_chunk({}, "length", index=1), "openai")
+    assert heard.error is None
+    assert heard.result.text == heard.said("text") == "ab"
+    assert heard.result.choices == {0: "ab", 1: "xy"}
+    assert (heard.result.finish_reason, heard.result.reasoning) == ("stop", "")
+    assert rs.Delta("reasoning", "r", 1) in heard.deltas
+
+
+DL_FINISHES = {
+    "openai": {
+        "stop": "stop",
+        "length": "length",
+        "tool_calls": "tool_calls",
+        "function_call": "tool_calls",
+        "content_filter": "content_filter",
+        "model_length": "length",
+        "eos": "other",
+    },
+    "anthropic": {
+        "end_turn": "stop",
+        "stop_sequence": "stop",
+        "max_tokens": "length",
+        "model_context_window_exceeded": "length",
+        "tool_use": "tool_calls",
+        "refusal": "content_filter",
+        "pause_turn": "other",
+        "novelty": "other",
+    },
+    "gemini": {
+        "STOP": "stop",
+        "MAX_TOKENS": "length",
+        "SAFETY": "content_filter",
+        "RECITATION": "content_filter",
+        "BLOCKLIST": "content_filter",
+        "PROHIBITED_CONTENT": "content_filter",
+        "SPII": "content_filter",
+        "LANGUAGE": "other",
+        "MALFORMED_FUNCTION_CALL": "other",
+        "OTHER": "other",
+        "NOVELTY": "other",
+    },
+    "cohere": {
+        "COMPLETE": "stop",
+        "STOP_SEQUENCE": "stop",
+        "MAX_TOKENS": "length",
+        "TOOL_CALL": "tool_calls",
+        "NOVELTY": "other",
+    },
+    "ollama": {"stop": "stop", "length": "length", "load": "other", "unload": "other"},
+    "tgi": {"eos_token": "stop", "stop_sequence": "stop", "length": "length"},
+}
+
+
+def dl_finish(dialect, raw):
+    """A body that is nothing but an end."""
+    if dialect == "openai":
+        return dl_chunk({}, raw)
+    if dialect == "anthropic":
+        return b"".join(dl_claude_end(raw))
+    if dialect == "gemini":
+        return dl_gemini(finishReason=raw)
+    if dialect == "cohere":
+        return dl_cohere("message-end", finish_reason=raw)
+    if dialect == "ollama":
+        return dl_line({"done": True, "done_reason": raw})
+    end = {"generated_text": "", "details": {"finish_reason": raw}}
+    return dl_data({"token": {"text": ""}, **end})
+
+
+@pytest.mark.parametrize(
+    ("dialect", "raw", "reason"),
+    [
+        (d, raw, reason)
+        for d, all_ in DL_FINISHES.items()
+        for raw, reason in all_.items()
+    ],
+)
+def test_finish_reasons_are_told_in_openais_words_and_in_the_providers(
+    dialect, raw, reason
+):
+    result = dl_hear(dl_finish(dialect, raw), dialect).result
+    assert (result.finish_reason, result.raw_finish_reason) == (reason, raw)
+
+
+# -- errors inside a stream
+
+
+DL_FIRST = {case.dialect: case for case in reversed(list(DL_CASES.values()))}
+
+
+class DlError(NamedTuple):
+    dialect: str
+    body: bytes
+    retryable: bool
+    code: Any = None
+    type: str | None = None
+    status: int | None = None
+    message: str = "words"
+
+
+def dl_error(event="", head="data: ", **error):
+    return dl_data({"error": {"message": "words", **error}}, event, head=head)
+
+
+DL_ERRORS = {
+    "openai": DlError(
+        "openai",
+        dl_error(type="server_error", param=None, code=None),
+        True,
+        type="server_error",
+    ),
+    "openai quota": DlError(
+        "openai",
+        dl_error(type="insufficient_quota", code="insufficient_quota"),
+        False,
+        "insufficient_quota",
+        "insufficient_quota",
+    ),
+    "openai invalid": DlError(
+        "openai",
+        dl_error(type="invalid_request_error", code="context_length_exceeded"),
+        False,
+        "context_length_exceeded",
+        "invalid_request_error",
+    ),
+    "groq": DlError(
+        "openai",
+        dl_error(
+            "error",
+            type="invalid_request_error",
+            code="tool_use_failed",
+            failed_generation="<f>",
+            status_code=400,
+        ),
+        False,
+        "tool_use_failed",
+        "invalid_request_error",
+        400,
+    ),
+    "openrouter": DlError(
+        "openrouter",
+        dl_data(
+            {
+                "id": "id1",
+                "error": {"code": 502, "message": "words", "metadata": {}},
+                "choices": [{"delta": {"content": ""}, "finish_reason": "error"}],
+            }
+        )
+        + DL_DONE,
+        True,
+        502,
+        status=502,
+    ),
+    "only the finish says error": DlError(
+        "mistral", dl_chunk({}, "error"), True, "error", message="finish reason 'error'"
+    ),
+    "deepseek": DlError(
+        "deepseek",
+        dl_chunk({}, "insufficient_system_resource") + DL_DONE,
+        True,
+        "insufficient_system_resource",
+        message="insufficient_system_resource",
+    ),
+    "vllm": DlError(
+        "vllm",
+        dl_error(object="error", type="InternalServerError", param=None, code=500)
+        + DL_DONE,
+        True,
+        500,
+        "InternalServerError",
+        500,
+    ),
+    "old vllm": DlError(
+        "vllm",
+        dl_data(
+            {
+                "object": "error",
+                "message": "words",
+                "type": "BadRequestError",
+                "param": None,
+                "code": 400,
+            }
+        )
+        + DL_DONE,
+        False,
+        400,
+        "BadRequestError",
+        400,
+    ),
+    "llama.cpp": DlError(
+        "llamacpp",
+        dl_error(code=503, type="unavailable_error"),
+        True,
+        503,
+        "unavailable_error",
+        503,
+    ),
+    "old llama.cpp": DlError(
+        "llamacpp",
+        dl_data(
+            {"code": 500, "message": "words", "type": "server_error"}, head="error: "
+        ),
+        True,
+        500,
+        "server_error",
+        500,
+    ),
+    "litellm": DlError(
+        "openai",
+        dl_error(type=None, param=None, code="500"),
+        True,
+        "500",
+        status=500,
+    ),
+    "a plain string": DlError("openai", dl_data({"error": "words"}), False),
+    "an event without json": DlError(
+        "openai", dl_data("some words", event="error"), False
+    ),
+    "completions": DlError(
+        "openai-completions",
+        dl_error(type="overloaded", code=429),
+        True,
+        429,
+        "overloaded",
+        429,
+    ),
+    "responses, flat": DlError(
+        "openai-responses",
+        dl_response("error", 3, code="server_error", message="words", param=None),
+        True,
+        "server_error",
+    ),
+    "responses, flat, without an event line": DlError(
+        "openai-responses",
+        dl_response("error", 3, False, code="bad_thing", message="words"),
+        False,
+        "bad_thing",
+    ),
+    "responses, nested": DlError(
+        "openai-responses",
+        dl_response(
+            "error",
+            3,
+            error={
+                "type": "insufficient_quota",
+                "code": "insufficient_quota",
+                "message": "words",
+            },
+        )
+        + dl_ended(4, [], "failed", error={"code": "server_error", "message": "no"}),
+        False,
+        "insufficient_quota",
+        "insufficient_quota",
+    ),
+    "responses, failed": DlError(
+        "openai-responses",
+        dl_ended(3, [], "failed", error={"code": "server_error", "message": "words"})
+        + DL_DONE,
+        True,
+        "server_error",
+    ),
+    "responses, rate limit": DlError(
+        "openai-responses",
+        dl_ended(
+            3, [], "failed", error={"code": "rate_limit_exceeded", "message": "words"}
+        ),
+        True,
+        "rate_limit_exceeded",
+    ),
+    "responses, cancelled": DlError(
+        "openai-responses",
+        dl_ended(3, [], "cancelled"),
+        False,
+        type="cancelled",
+        message="cancelled",
+    ),
+    "anthropic": DlError(
+        "anthropic",
+        dl_claude(
+            "error",
+            error={"type": "overloaded_error", "message": "words", "details": None},
+            request_id="req",
+        ),
+        True,
+        type="overloaded_error",
+    ),
+    "anthropic, without an event line": DlError(
+        "anthropic",
+        dl_data({"type": "error", "error": {"type": "api_error", "message": "words"}}),
+        True,
+        type="api_error",
+    ),
+    "anthropic, rate limit": DlError(
+        "anthropic",
+        dl_claude("error", error={"type": "rate_limit_error", "message": "words"}),
+        True,
+        type="rate_limit_error",
+    ),
+    "anthropic, invalid": DlError(
+        "anthropic",
+        dl_claude("error", error={"type": "invalid_request_error", "message": "words"}),
+        False,
+        type="invalid_request_error",
+    ),
+    "gemini": DlError(
+        "gemini",
+        dl_error(code=503, status="UNAVAILABLE", details=[]),
+        True,
+        503,
+        "UNAVAILABLE",
+        503,
+    ),
+    "gemini, invalid": DlError(
+        "gemini",
+        dl_error(code=400, status="INVALID_ARGUMENT"),
+        False,
+        400,
+        "INVALID_ARGUMENT",
+        400,
+    ),
+    "gemini, quota of the day": DlError(
+        "gemini",
+        dl_error(
+            code=429,
+            status="RESOURCE_EXHAUSTED",
+            details=[{"violations": [{"quotaId": "RequestsPerDayPerProject"}]}],
+        ),
+        False,
+        429,
+        "RESOURCE_EXHAUSTED",
+        429,
+    ),
+    "gemini, bare": DlError(
+        "gemini",
+        b'{\r\n  "error": {\r\n    "code": 500,\r\n    "message": "words",\r\n'
+        b'    "status": "INTERNAL"\r\n  }\r\n}\r\n',
+        True,
+        500,
+        "INTERNAL",
+        500,
+    ),
+    "cohere": DlError(
+        "cohere",
+        dl_cohere(
+            "message-end",
+            error="words",
+            finish_reason="ERROR",
+            usage={},
+        ).replace(b'"delta":{', b'"delta":{"error":"words","error_type":"internal",')
+        + DL_DONE,
+        True,
+        type="internal",
+    ),
+    "cohere, final": DlError(
+        "cohere",
+        dl_cohere("message-end", finish_reason="ERROR").replace(
+            b'"delta":{', b'"delta":{"error":"words",'
+        )
+        + DL_DONE,
+        False,
+        type="ERROR",
+    ),
+    "cohere, timeout": DlError(
+        "cohere",
+        dl_cohere("message-end", finish_reason="TIMEOUT") + DL_DONE,
+        True,
+        type="TIMEOUT",
+        message="TIMEOUT",
+    ),
+    "ollama": DlError("ollama", dl_line({"error": "words"}), False),
+    "ollama-generate": DlError("ollama-generate", dl_line({"error": "words"}), False),
+    "tgi, overloaded": DlError(
+        "tgi",
+        dl_data({"error": "words", "error_type": "overloaded"}, head="data:"),
+        True,
+        type="overloaded",
+    ),
+    "tgi": DlError(
+        "tgi",
+        dl_data({"error": "words", "error_type": "generation"}),
+        False,
+        type="generation",
+    ),
+}
+
+dl_errors = pytest.mark.parametrize("case", DL_ERRORS.values(), ids=list(DL_ERRORS))
+
+
+def dl_check_error(heard, case):
+    error = heard.error
+    assert isinstance(error, rs.APIError)
+    assert error.retryable is case.retryable
+    facts = (error.code, error.type, error.status)
+    assert facts == (case.code, case.type, case.status)
+    assert case.message in str(error)
+    assert error.text == heard.result.text == heard.said("text")
+
+
+def test_every_dialect_has_an_error():
+    assert {case.dialect for case in DL_ERRORS.values()} >= set(rs.DIALECTS) - {"azure"}
+
+
+@dl_errors
+def test_an_error_is_the_first_event_of_a_stream(case):
+    heard = dl_hear(case.body, case.dialect)
+    dl_check_error(heard, case)
+    assert heard.result.text == ""
+
+
+@dl_errors
+def test_an_error_in_the_middle_of_a_stream_raises_with_the_text_so_far(case):
+    whole = DL_FIRST[case.dialect]
+    before = b"".join(whole.events[: whole.complete % len(whole.events)])
+    text = dl_hear(before, case.dialect).result.text
+    heard = dl_hear(before + case.body, case.dialect)
+    dl_check_error(heard, case)
+    assert heard.result.text == text != ""
+
+
+@dl_errors
+def test_an_error_behind_a_finish_reason_still_raises(case):
+    finishes = {
+        "openai-completions": dl_chunk(None, "stop"),
+        "cohere": dl_finish("cohere", "COMPLETE"),
+        "anthropic": dl_claude_end("end_turn")[0],
+        "gemini": dl_finish("gemini", "STOP"),
+    }
+    if case.dialect in ("openai-responses", "ollama", "ollama-generate", "tgi"):
+        pytest.skip("its finish reason is its end marker")
+    finish = finishes.get(case.dialect, dl_chunk({}, "length"))
+    dl_check_error(dl_hear(finish + case.body, case.dialect), case)
+
+
+@dl_errors
+def test_an_end_marker_behind_an_error_is_no_success(case):
+    if not rs.DIALECTS[case.dialect].end_marker:
+        pytest.skip("it has no end marker of its own")
+    heard = dl_hear(case.body + DL_DONE, case.dialect)
+    dl_check_error(heard, case)
+
+
+def test_google_says_how_long_to_wait():
+    info = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "59s"}
+    body = dl_error(code=429, status="RESOURCE_EXHAUSTED", details=[info])
+    assert dl_hear(body, "gemini").error.retry_after == 59
+
+
+def test_a_google_error_between_two_events_is_found():
+    # No "data:" in front, over several lines, with and without a line end behind.
+    bare = b'{\n  "error": {\n    "code": 503,\n    "message": "words"\n  }\n}'
+    for end in (b"", b"\n", b"\n\n"):
+        heard = dl_hear(dl_gemini({"text": "A"}) + bare + end, "gemini")
+        assert heard.error_facts == ("APIError", 503)
+        assert heard.result.text == "A"
+
+
+# -- whole answers, from a server that did not stream
+
+
+DL_TOOL_USE = {"type": "tool_use", "id": "a", "name": "f", "input": {"x": 1}}
+
+DL_WHOLE = {
+    "openai": (
+        "openai",
+        {
+            "id": "id1",
+            "model": "m1",
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {
+                        "role": "assistant",
+                        "content": "Hello",
+                        "reasoning_content": "Hmm",
+                        "tool_calls": [dl_call(None, "a", "f", '{"x": 1}')],
+                    },
+                    "finish_reason": "tool_calls",
+                }
+            ],
+            "usage": dl_openai_usage(1, 2),
+        },
+        "tool_calls",
+    ),
+    "openai-completions": (
+        "openai-completions",
+        {
+            "id": "id1",
+            "model": "m1",
+            "choices": [{"index": 0, "text": "Hello", "finish_reason": "length"}],
+            "usage": dl_openai_usage(1, 2),
+        },
+        "length",
+    ),
+    "openai-responses": (
+        "openai-responses",
+        {
+            "id": "id1",
+            "model": "m1",
+            "object": "response",
+            "status": "completed",
+            "error": None,
+            "output": [
+                {"type": "reasoning", "summary": [{"text": "Hm"}, {"text": "m"}]},
+                dl_said("Hello"),
+                {
+                    "type": "function_call",
+                    "call_id": "a",
+                    "name": "f",
+                    "arguments": '{"x": 1}',
+                },
+            ],
+            "usage": {"input_tokens": 1, "output_tokens": 2},
+        },
+        "tool_calls",
+    ),
+    "anthropic": (
+        "anthropic",
+        {
+            "id": "id1",
+            "model": "m1",
+            "type": "message",
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "Hmm", "signature": "s"},
+                {"type": "text", "text": "Hello"},
+                DL_TOOL_USE,
+            ],
+            "stop_reason": "tool_use",
+            "usage": {"input_tokens": 1, "output_tokens": 2},
+        },
+        "tool_calls",
+    ),
+    "gemini": (
+        "gemini",
+        {
+            "responseId": "id1",
+            "modelVersion": "m1",
+            "candidates": [
+                {
+                    "content": {
+                        "parts": [
+                            {"text": "Hmm", "thought": True},
+                            {"text": "Hello"},
+                            {"functionCall": {"name": "f", "args": {"x": 1}}},
+                        ]
+                    },
+                    "finishReason": "STOP",
+                }
+            ],
+            "usageMetadata": {"promptTokenCount": 1, "candidatesTokenCount": 2},
+        },
+        "tool_calls",
+    ),
+    "cohere": (
+        "cohere",
+        {
+            "id": "id1",
+            "message": {
+                "role": "assistant",
+                "tool_plan": "Look.",
+                "content": [
+                    {"type": "thinking", "thinking": "Hmm"},
+                    {"type": "text", "text": "Hello"},
+                ],
+                "tool_calls": [dl_call(None, "a", "f", '{"x": 1}')],
+            },
+            "finish_reason": "TOOL_CALL",
+            "usage": {"tokens": {"input_tokens": 1, "output_tokens": 2}},
+        },
+        "tool_calls",
+    ),
+    "ollama": (
+        "ollama",
+        {
+            "model": "m1",
+            "message": {
+                "content": "Hello",
+                "thinking": "Hmm",
+                "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}],
+            },
+            "done": True,
+            "done_reason": "stop",
+            "prompt_eval_count": 1,
+            "eval_count": 2,
+        },
+        "tool_calls",
+    ),
+    "ollama-generate": (
+        "ollama-generate",
+        {
+            "model": "m1",
+            "response": "Hello",
+            "thinking": "Hmm",
+            "done": True,
+            "done_reason": "length",
+            "prompt_eval_count": 1,
+            "eval_count": 2,
+        },
+        "length",
+    ),
+    "tgi": (
+        "tgi",
+        {
+            "generated_text": "Hello",
+            "details": {
+                "finish_reason": "eos_token",
+                "generated_tokens": 2,
+                "input_length": 1,
+            },
+        },
+        "stop",
+    ),
+}
+
+dl_whole = pytest.mark.parametrize(
+    ("dialect", "document", "finish"), DL_WHOLE.values(), ids=list(DL_WHOLE)
+)
+
+
+@dl_whole
+def test_a_whole_answer_in_json_is_delivered(dialect, document, finish):
+    result = dl_hear(json.dumps(document).encode(), dialect).result
+    assert result.text == "Hello"
+    assert result.finish_reason == finish
+    assert result.usage[:2] == (1, 2)
+    assert result.id == document.get("id", document.get("responseId"))
+    assert result.model == document.get("model", document.get("modelVersion"))
+    has_calls = finish == "tool_calls"
+    assert [(c.name, c.arguments) for c in result.tool_calls] == (
+        [("f", '{"x": 1}')] if has_calls else []
+    )
+    assert result.reasoning == ("Hmm" if "Hm" in json.dumps(document) else "")
+    assert result.stats.malformed == 0
+
+
+@dl_whole
+def test_a_whole_answer_that_broke_off_is_a_drop(dialect, document, finish):
+    body = json.dumps(document).encode()
+    for size in range(len(body)):
+        error = dl_hear(body[:size], dialect).error
+        assert isinstance(error, rs.MalformedStreamError), size
+        assert error.retryable
+
+
+@dl_whole
+def test_an_error_in_json_is_an_error(dialect, document, finish):
+    error = {"message": "words", "type": "server_error"}
+    heard = dl_hear(json.dumps({"error": error}, indent=1).encode(), dialect)
+    assert isinstance(heard.error, rs.APIError)
+    assert (heard.error.type, heard.error.retryable) == ("server_error", True)
+
+
+def test_the_message_of_a_whole_answer_is_ready_for_the_next_turn():
+    def message(name):
+        dialect, document, _ = DL_WHOLE[name]
+        return dl_hear(json.dumps(document).encode(), dialect).result.message
+
+    for name in ("openai-responses", "anthropic", "gemini"):
+        document = DL_WHOLE[name][1]
+        said = message(name)
+        inner = document.get("output") or document.get("content")
+        if name == "gemini":
+            inner, said = document["candidates"][0]["content"]["parts"], said["parts"]
+        assert (said["content"] if name == "anthropic" else said) == inner
+    assert message("cohere")["tool_plan"] == "Look."
+
+
+def test_a_flat_error_of_old_vllm_in_json_is_an_error():
+    body = b'{"object": "error", "message": "words", "type": "Bad", "code": 400}'
+    assert dl_hear(body, "vllm").error_facts == ("APIError", 400)
+
+
+def test_a_response_that_is_still_queued_is_no_answer():
+    document = {**DL_WHOLE["openai-responses"][1], "status": "queued", "output": []}
+    heard = dl_hear(json.dumps(document).encode(), "openai-responses")
+    assert isinstance(heard.error, rs.IncompleteStreamError)
+
+
+DL_ARRAY = [
+    {"candidates": [{"content": {"parts": [{"text": "Hel"}]}}]},
+    {"candidates": [{"content": {"parts": [{"text": "lo"}]}, "finishReason": "STOP"}]},
+]
+
+
+def test_gemini_without_alt_sse_is_a_json_array():
+    body = json.dumps(DL_ARRAY).replace(", {", "\n,\r\n{").encode()
+    heard = dl_hear(body, "gemini")
+    assert (heard.error, heard.result.text) == (None, "Hello")
+    assert heard.result.finish_reason == "stop"
+    for size in range(len(body)):
+        assert dl_hear(body[:size], "gemini").error.retryable
+    unfinished = json.dumps(DL_ARRAY[:1]).encode()
+    assert isinstance(dl_hear(unfinished, "gemini").error, rs.IncompleteStreamError)
+
+
+def test_an_error_of_google_may_stand_in_an_array():
+    error = {"error": {"code": 429, "message": "m", "status": "RESOURCE_EXHAUSTED"}}
+    heard = dl_hear(json.dumps([DL_ARRAY[0], error]).encode(), "gemini")
+    assert heard.error_facts == ("APIError", 429)
+    assert heard.result.text == "Hel"
+
+
+# -- what is sent
+
+
+class DlSession(requests.Session):
+    """A session without a network: it gives the bodies, and keeps the requests.
+
+    A body is bytes (given with status 200), a tuple (status, bytes), or an exception,
+    which is raised in place of the response.
+    """
+
+    def __init__(self, *bodies):
+        super().__init__()
+        self.bodies = list(bodies)
+        self.sent: list[SimpleNamespace] = []
+
+    def request(self, method, url, data=None, headers=None, **more):
+        json_body = json.loads(data.decode("ascii")) if data else None
+        self.sent.append(
+            SimpleNamespace(
+                method=method,
+                url=url,
+                body=json_body,
+                headers=requests.structures.CaseInsensitiveDict(headers),
+            )
+        )
+        body = self.bodies.pop(0)
+        if isinstance(body, Exception):
+            raise body
+        status, raw = body if isinstance(body, tuple) else (200, body)
+        response = requests.Response()
+        response.status_code = status
+        response.raw = SimpleNamespace(_fp=io.BytesIO(raw), close=lambda: None)
+        return response
+
+
+@pytest.fixture(autouse=True)
+def dl_empty_environment(monkeypatch):
+    for dialect in rs.DIALECTS.values():
+        for name in (*dialect.key_names, *dialect.base_url_names):
+            monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("OPENAI_API_VERSION", raising=False)
+    monkeypatch.setattr(rs, "_pause", lambda closing, seconds: None)
+
+
+def dl_ask(dialect, messages="Hi", model="m1", session=None, **more):
+    """Stream from a session that ends at once; return the request that it got."""
+    whole = DL_FIRST[rs.DIALECTS[dialect].name].body
+    session = session or DlSession(whole)
+    stream = rs.stream_chat(messages, model, dialect=dialect, session=session, **more)
+    stream.complete()
+    return session.sent[0]
+
+
+DL_OWN = {
+    "openai": ("https://api.openai.com/v1/chat/completions", "OPENAI_API_KEY"),
+    "mistral": ("https://api.mistral.ai/v1/chat/completions", "MISTRAL_API_KEY"),
+    "deepseek": ("https://api.deepseek.com/chat/completions", "DEEPSEEK_API_KEY"),
+    "openrouter": (
+        "https://openrouter.ai/api/v1/chat/completions",
+        "OPENROUTER_API_KEY",
+    ),
+    "openai-completions": ("https://api.openai.com/v1/completions", "OPENAI_API_KEY"),
+    "openai-responses": ("https://api.openai.com/v1/responses", "OPENAI_API_KEY"),
+    "anthropic": ("https://api.anthropic.com/v1/messages", "ANTHROPIC_API_KEY"),
+    "gemini": (
+        "https://generativelanguage.googleapis.com/v1beta/models/m1"
+        ":streamGenerateContent?alt=sse",
+        "GEMINI_API_KEY",
+    ),
+    "cohere": ("https://api.cohere.com/v2/chat", "CO_API_KEY"),
+}
+DL_LOCAL = {
+    "vllm": "http://localhost:8000/v1/chat/completions",
+    "llamacpp": "http://localhost:8080/v1/chat/completions",
+    "ollama": "http://localhost:11434/api/chat",
+    "ollama-generate": "http://localhost:11434/api/generate",
+}
+DL_KEY_HEADERS = {"anthropic": "x-api-key", "gemini": "x-goog-api-key"}
+
+
+@pytest.mark.parametrize("dialect", DL_OWN)
+def test_a_provider_is_asked_at_its_own_address_with_the_key_of_its_own_sdk(
+    dialect, monkeypatch
+):
+    url, name = DL_OWN[dialect]
+    monkeypatch.setenv(name, "secret")
+    sent = dl_ask(dialect)
+    assert (sent.method, sent.url) == ("POST", url)
+    if dialect in DL_KEY_HEADERS:
+        assert sent.headers[DL_KEY_HEADERS[dialect]] == "secret"
+        assert "Authorization" not in sent.headers
+    else:
+        assert sent.headers["Authorization"] == "Bearer secret"
+    assert sent.headers["Content-Type"] == "application/json"
+
+
+@pytest.mark.parametrize("dialect", DL_OWN)
+def test_a_missing_key_is_an_error_before_any_request(dialect):
+    session = DlSession()
+    with pytest.raises(ValueError, match=DL_OWN[dialect][1]):
+        rs.stream_chat("Hi", "m1", dialect=dialect, session=session)
+    assert session.sent == []
+
+
+@pytest.mark.parametrize("dialect", DL_LOCAL)
+def test_a_server_of_ones_own_needs_no_key(dialect):
+    sent = dl_ask(dialect)
+    assert sent.url == DL_LOCAL[dialect]
+    assert "Authorization" not in sent.headers
+
+
+@pytest.mark.parametrize("dialect", rs.DIALECTS)
+def test_a_key_from_the_environment_never_goes_to_a_foreign_base_url(
+    dialect, monkeypatch
+):
+    for name in rs.DIALECTS[dialect].key_names:
+        monkeypatch.setenv(name, "from the environment")
+    foreign = "https://elsewhere.test/v1"
+    if rs.DIALECTS[dialect].needs_key:
+        with pytest.raises(ValueError, match="api_key"):
+            dl_ask(dialect, base_url=foreign)
+    else:
+        sent = dl_ask(dialect, base_url=foreign)
+        assert "environment" not in str(sent.headers)
+    sent = dl_ask(dialect, base_url=foreign, api_key=" passed\n")
+    assert sent.url.startswith(foreign)
+    assert "passed" in str(sent.headers)
+    assert "environment" not in str(sent.headers)
+
+
+@pytest.mark.parametrize(
+    "dialect", [name for name, d in rs.DIALECTS.items() if d.base_url_names]
+)
+def test_a_key_from_the_environment_goes_to_a_base_url_from_there(dialect, monkeypatch):
+    known = rs.DIALECTS[dialect]
+    monkeypatch.setenv(known.base_url_names[0], "https://proxy.test/some/path")
+    monkeypatch.setenv(known.key_names[0], "secret")
+    sent = dl_ask(dialect)
+    assert sent.url.startswith("https://proxy.test/some/path/")
+    assert "secret" in str(sent.headers)
+
+
+def test_a_dialect_without_an_address_of_its_own_asks_for_one():
+    for name in ("azure", "tgi"):
+        with pytest.raises(ValueError, match="base_url="):
+            rs.stream_chat("Hi", "m1", dialect=name, api_key="k", session=DlSession())
+
+
+@pytest.mark.parametrize(
+    ("dialect", "key", "header", "value"),
+    [
+        ("azure", "k", "api-key", "k"),
+        ("azure", "eyJhbGciOi", "Authorization", "Bearer eyJhbGciOi"),
+        ("anthropic", "sk-ant-api", "x-api-key", "sk-ant-api"),
+        ("anthropic", "sk-ant-oat01", "Authorization", "Bearer sk-ant-oat01"),
+        ("gemini", "AIza", "x-goog-api-key", "AIza"),
+        ("gemini", "ya29.a0", "Authorization", "Bearer ya29.a0"),
+        ("tgi", "hf_x", "Authorization", "Bearer hf_x"),
+        ("ollama", "k", "Authorization", "Bearer k"),
+    ],
+)
+def test_a_key_is_told_from_a_token_by_its_looks(dialect, key, header, value):
+    names = {"authorization", "api-key", "x-api-key", "x-goog-api-key"}
+    for given in (key, lambda: key):
+        sent = dl_ask(dialect, base_url="https://host.test/x", api_key=given)
+        carried = {n: v for n, v in sent.headers.items() if n.lower() in names}
+        assert carried == {header: value}
+
+
+def test_anthropic_takes_an_auth_token_from_the_environment(monkeypatch):
+    monkeypatch.setenv("ANTHROPIC_AUTH_TOKEN", "token")
+    sent = dl_ask("anthropic")
+    assert sent.headers["Authorization"] == "Bearer token"
+    assert sent.headers["anthropic-version"] == "2023-06-01"
+
+
+def test_the_callers_headers_go_over_the_dialects():
+    more = {"anthropic-version": "2099-01-01", "anthropic-beta": "x", "X-API-Key": "k"}
+    sent = dl_ask("anthropic", headers=more)
+    assert sent.headers["anthropic-version"] == "2099-01-01"
+    assert sent.headers["anthropic-beta"] == "x"
+    assert sent.headers["x-api-key"] == "k"
+
+
+def test_the_first_google_key_of_two_is_the_one_of_its_sdk(monkeypatch):
+    monkeypatch.setenv("GEMINI_API_KEY", "second")
+    monkeypatch.setenv("GOOGLE_API_KEY", "first")
+    assert dl_ask("gemini").headers["x-goog-api-key"] == "first"
+
+
+DL_URLS = [
+    ("openai", "http://h.test/v1/", "m1", "http://h.test/v1/chat/completions"),
+    ("openai", "http://h.test/v1?k=1", "m1", "http://h.test/v1/chat/completions?k=1"),
+    (
+        "azure",
+        "https://r.test/openai/deployments/d?api-version=2024-06-01",
+        None,
+        "https://r.test/openai/deployments/d/chat/completions?api-version=2024-06-01",
+    ),
+    (
+        "azure",
+        "https://r.test/openai/v1",
+        "m1",
+        "https://r.test/openai/v1/chat/completions",
+    ),
+    ("anthropic", "https://h.test/p", "m1", "https://h.test/p/v1/messages"),
+    (
+        "gemini",
+        "https://h.test",
+        "models/m 1",
+        "https://h.test/v1beta/models/m%201:streamGenerateContent?alt=sse",
+    ),
+    (
+        "gemini",
+        "https://l-aiplatform.test/v1/projects/p/locations/l/publishers/google",
+        "m1",
+        "https://l-aiplatform.test/v1/projects/p/locations/l/publishers/google"
+        "/models/m1:streamGenerateContent?alt=sse",
+    ),
+    (
+        "gemini",
+        "https://h.test/v1/models/m1?key=k",
+        None,
+        "https://h.test/v1/models/m1:streamGenerateContent?alt=sse&key=k",
+    ),
+    ("cohere", "https://h.test/", "m1", "https://h.test/v2/chat"),
+    ("ollama", "https://ollama.test", "m1", "https://ollama.test/api/chat"),
+    ("tgi", "https://h.test/models/m", None, "https://h.test/models/m/generate_stream"),
+]
+
+
+@pytest.mark.parametrize(("dialect", "base_url", "model", "url"), DL_URLS)
+def test_the_path_and_the_query_of_a_base_url_are_kept(dialect, base_url, model, url):
+    assert dl_ask(dialect, model=model, base_url=base_url, api_key="k").url == url
+
+
+def test_azure_composes_its_address_from_its_variables(monkeypatch):
+    monkeypatch.setenv("AZURE_OPENAI_ENDPOINT", "https://r.openai.azure.test/")
+    monkeypatch.setenv("AZURE_OPENAI_AD_TOKEN", "eyJ0")
+    sent = dl_ask("azure")
+    assert sent.url == "https://r.openai.azure.test/openai/v1/chat/completions"
+    assert sent.headers["Authorization"] == "Bearer eyJ0"
+    monkeypatch.setenv("AZURE_OPENAI_API_KEY", "k")
+    monkeypatch.setenv("OPENAI_API_VERSION", "2024-06-01")
+    sent = dl_ask("azure", model="a b/c")
+    assert sent.url == (
+        "https://r.openai.azure.test/openai/deployments/a%20b%2Fc/chat/completions"
+        "?api-version=2024-06-01"
+    )
+    assert sent.headers["api-key"] == "k"
+
+
+@pytest.mark.parametrize(
+    ("value", "origin"),
+    [
+        ("box", "http://box:11434"),
+        ("box:99", "http://box:99"),
+        (":99", "http://127.0.0.1:99"),
+        ("0.0.0.0", "http://127.0.0.1:11434"),
+        ("http://box", "http://box"),
+        ("https://ollama.test", "https://ollama.test"),
+        ("https://ollama.test/path/", "https://ollama.test/path"),
+    ],
+)
+def test_the_host_of_ollama_is_read_as_ollama_reads_it(value, origin, monkeypatch):
+    monkeypatch.setenv("OLLAMA_HOST", value)
+    assert dl_ask("ollama").url == origin + "/api/chat"
+
+
+DL_TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Ho"},
+    {"role": "user", "content": [{"type": "text", "text": "Go"}]},
+]
+
+
+def dl_streamed(**body):
+    return {"stream": True, "model": "m1", **body}
+
+
+DL_WITH_USAGE = {"stream_options": {"include_usage": True}}
+DL_CHAT = dl_streamed(messages=[{"role": "user", "content": "Hi"}])
+
+DL_BODIES = {
+    "openai": (
+        {**DL_CHAT, **DL_WITH_USAGE},
+        dl_streamed(messages=DL_TURNS, **DL_WITH_USAGE),
+    ),
+    "mistral": (DL_CHAT, dl_streamed(messages=DL_TURNS)),
+    "openai-completions": (
+        dl_streamed(prompt="Hi", **DL_WITH_USAGE),
+        dl_streamed(prompt="Be brief.\n\nHi\n\nHo\n\nGo", **DL_WITH_USAGE),
+    ),
+    "openai-responses": (
+        dl_streamed(input=[{"role": "user", "content": "Hi"}]),
+        dl_streamed(input=DL_TURNS),
+    ),
+    "anthropic": (
+        {**DL_CHAT, "max_tokens": 4096},
+        dl_streamed(messages=DL_TURNS[1:], system="Be brief.", max_tokens=4096),
+    ),
+    "gemini": (
+        {"contents": [{"role": "user", "parts": [{"text": "Hi"}]}]},
+        {
+            "contents": [
+                {"role": "user", "parts": [{"text": "Hi"}]},
+                {"role": "model", "parts": [{"text": "Ho"}]},
+                {"role": "user", "parts": [{"text": "Go"}]},
+            ],
+            "systemInstruction": {"parts": [{"text": "Be brief."}]},
+        },
+    ),
+    "cohere": (DL_CHAT, dl_streamed(messages=DL_TURNS)),
+    "ollama": (DL_CHAT, dl_streamed(messages=DL_TURNS)),
+    "ollama-generate": (
+        dl_streamed(prompt="Hi"),
+        dl_streamed(prompt="Hi\n\nHo\n\nGo", system="Be brief."),
+    ),
+    "tgi": (
+        {"inputs": "Hi", "parameters": {"details": True}},
+        {
+            "inputs": "Be brief.\n\nHi\n\nHo\n\nGo",
+            "parameters": {"details": True},
+        },
+    ),
+}
+for dl_name in ("azure", "vllm", "llamacpp", "deepseek", "openrouter"):
+    DL_BODIES[dl_name] = DL_BODIES["openai"]
+
+
+def dl_body(dialect, messages="Hi", **more):
+    address = {"base_url": "http://host.test", "api_key": "k"}
+    return dl_ask(dialect, messages, **address, **more).body
+
+
+@pytest.mark.parametrize("dialect", rs.DIALECTS)
+def test_a_string_and_a_list_of_messages_become_the_dialects_body(dialect):
+    for_string, for_list = DL_BODIES[dialect]
+    assert dl_body(dialect) == for_string
+    assert dl_body(dialect, DL_TURNS) == for_list
+    assert dl_body(dialect, tuple(DL_TURNS)) == for_list
+
+
+@pytest.mark.parametrize("dialect", rs.DIALECTS)
+def test_parameters_go_into_the_body_and_extra_body_over_them(dialect):
+    body = dl_body(
+        dialect,
+        temperature=0,
+        top_p=1,
+        max_tokens=7,
+        extra_body={"top_p": 0.5, "new": [1]},
+    )
+    assert (body["temperature"], body["top_p"], body["new"]) == (0, 0.5, [1])
+    assert body["max_tokens"] == 7
+
+
+@pytest.mark.parametrize("dialect", rs.DIALECTS)
+def test_the_callers_objects_are_never_written_to(dialect):
+    messages = copy.deepcopy(DL_TURNS)
+    params = {"options": {"a": [1]}, "parameters": {"b": 1}}
+    extra = {"metadata": {"c": [2]}}
+    headers = {"X-Mine": "1"}
+    before = copy.deepcopy((messages, params, extra, headers))
+    session = DlSession(b"", DL_FIRST[dialect].body)
+    dl_ask(
+        dialect,
+        messages,
+        session=session,
+        base_url="http://host.test",
+        api_key="k",
+        headers=headers,
+        extra_body=extra,
+        **params,
+    )
+    assert (messages, params, extra, headers) == before
+    assert session.sent[0].body == session.sent[1].body
+
+
+def test_a_change_of_the_messages_after_the_call_changes_nothing():
+    messages = [{"role": "user", "content": "Hi"}]
+    session = DlSession(DL_FIRST["openai"].body)
+    stream = rs.stream_chat(messages, "m1", api_key="k", session=session)
+    messages[0]["content"] = "Ho"
+    stream.complete()
+    assert session.sent[0].body["messages"] == [{"role": "user", "content": "Hi"}]
+
+
+def test_usage_is_not_asked_for_where_the_caller_says_none():
+    assert "stream_options" not in dl_body("openai", stream_options=None)
+    own = {"include_usage": False}
+    assert dl_body("openai", stream_options=own)["stream_options"] == own
+
+
+def test_a_model_may_be_left_to_the_server():
+    for dialect in sorted(set(rs.DIALECTS) - {"gemini"}):
+        assert "model" not in dl_body(dialect, model=None)
+
+
+def test_the_callers_own_system_stays():
+    assert dl_body("anthropic", system="Mine.")["system"] == "Mine."
+    several = [{"role": "developer", "content": "A"}, *DL_TURNS]
+    assert dl_body("anthropic", several)["system"] == "A\n\nBe brief."
+
+
+def test_messages_in_geminis_own_form_stay():
+    turns = [{"role": "user", "parts": [{"inlineData": {"data": "x"}}]}]
+    assert dl_body("gemini", turns)["contents"] == turns
+
+
+def test_the_parameters_of_tgi_are_completed():
+    body = dl_body("tgi", parameters={"max_new_tokens": 3, "details": False})
+    assert body["parameters"] == {"max_new_tokens": 3, "details": False}
+
+
+# -- resuming
+
+
+DL_PREFILLED = [
+    "claude-instant-1.2",
+    "claude-2.1",
+    "claude-3-haiku-20240307",
+    "claude-3-5-sonnet-latest",
+    "claude-3-7-sonnet-20250219",
+    "claude-sonnet-4-0",
+    "claude-sonnet-4-20250514",
+    "claude-opus-4-1-20250805",
+    "claude-opus-4-1",
+    "claude-sonnet-4-5",
+    "claude-sonnet-4-5-20250929",
+    "claude-haiku-4-5-20251001",
+    "claude-opus-4-5-20251101",
+    "claude-opus-4-5@20251101",
+    "anthropic.claude-v2:1",
+    "us.anthropic.claude-sonnet-4-5-20250929-v1:0",
+]
+DL_NOT_PREFILLED = [
+    "claude-opus-4-6",
+    "claude-opus-4-7",
+    "claude-opus-4-8",
+    "claude-opus-4-8-20260401",
+    "claude-sonnet-4-6",
+    "claude-sonnet-4-6-20260101",
+    "us.anthropic.claude-opus-4-6-v1:0",
+    "claude-sonnet-5",
+    "claude-opus-5",
+    "claude-opus-5-20260601",
+    "claude-opus-4-10",
+    "claude-opus-4-50",
+    "claude-fable-5",
+    "claude-mythos-preview",
+    "something else",
+    None,
+]
+
+
+@pytest.mark.parametrize("model", DL_PREFILLED)
+def test_claude_up_to_4_5_continues_a_prefill(model):
+    assert rs.DIALECTS["anthropic"].exact({"model": model})
+
+
+@pytest.mark.parametrize("model", DL_NOT_PREFILLED, ids=str)
+def test_newer_claude_and_unknown_models_continue_no_prefill(model):
+    assert not rs.DIALECTS["anthropic"].exact({"model": model})
+
+
+DL_USER = {"role": "user", "content": "Hi"}
+
+
+def dl_last(text, **more):
+    return {"messages": [DL_USER, {"role": "assistant", "content": text, **more}]}
+
+
+DL_PREFILLS = {
+    "openai": dl_last("Par"),
+    "azure": dl_last("Par"),
+    "openrouter": dl_last("Par"),
+    "llamacpp": dl_last("Par"),
+    "vllm": {
+        **dl_last("Par"),
+        "continue_final_message": True,
+        "add_generation_prompt": False,
+        "echo": False,
+    },
+    "mistral": dl_last("Par", prefix=True),
+    "deepseek": dl_last("Par", prefix=True),
+    "openai-completions": {"prompt": "HiPar", "echo": False},
+    "openai-responses": {
+        "input": [
+            DL_USER,
+            {
+                "type": "message",
+                "role": "assistant",
+                "content": [{"type": "output_text", "text": "Par"}],
+            },
+        ]
+    },
+    "anthropic": dl_last("Par"),
+    "gemini": {
+        "contents": [
+            {"role": "user", "parts": [{"text": "Hi"}]},
+            {"role": "model", "parts": [{"text": "Par"}]},
+        ]
+    },
+    "cohere": dl_last("Par"),
+    "ollama": dl_last("Par"),
+    "ollama-generate": None,
+    "tgi": {"inputs": "HiPar"},
+}
+DL_EXACT = {
+    "vllm",
+    "llamacpp",
+    "mistral",
+    "deepseek",
+    "openai-completions",
+    "tgi",
+}
+
+
+@pytest.mark.parametrize("dialect", rs.DIALECTS)
+def test_a_prefill_adds_the_text_in_the_dialects_way_and_no_more(dialect):
+    known, body = rs.DIALECTS[dialect], DL_BODIES[dialect][0]
+    before = copy.deepcopy(body)
+    expected = DL_PREFILLS[dialect]
+    more = known.prefill(body, "Par")
+    assert more == (None if expected is None else {**body, **expected})
+    assert body == before
+    assert known.exact(body) == (dialect in DL_EXACT)
+
+
+@pytest.mark.parametrize(
+    "dialect", [d for d in rs.DIALECTS if "messages" in DL_BODIES[d][0]]
+)
+def test_a_last_assistant_message_of_the_callers_is_lengthened(dialect):
+    body = {"messages": [DL_USER, {"role": "assistant", "content": "Be"}]}
+    more = rs.DIALECTS[dialect].prefill(body, "gun")
+    assert more is not None
+    assert len(more["messages"]) == 2
+    assert more["messages"][-1]["content"] == "Begun"
+    assert body["messages"][-1] == {"role": "assistant", "content": "Be"}
+
+
+def test_a_last_turn_of_geminis_own_is_lengthened():
+    own = {"role": "model", "parts": [{"text": "Be"}]}
+    more = rs.DIALECTS["gemini"].prefill({"contents": [own]}, "gun")
+    assert more == {
+        "contents": [{"role": "model", "parts": [{"text": "Be"}, {"text": "gun"}]}]
+    }
+
+
+@pytest.mark.parametrize(
+    ("dialect", "body"),
+    [
+        ("anthropic", {**DL_CHAT, "thinking": {"type": "enabled", "budget_tokens": 9}}),
+        ("anthropic", {**DL_CHAT, "thinking": {"type": "adaptive"}}),
+        ("ollama-generate", {"prompt": "Hi"}),
+        ("ollama-generate", {"prompt": "Hi", "raw": False}),
+        ("openai-completions", {"prompt": ["Hi", "Ho"]}),
+        ("openai-completions", {"prompt": "Hi", "echo": True}),
+        ("tgi", {"inputs": ["Hi"]}),
+        ("tgi", {}),
+        ("openai", {"messages": []}),
+        ("openai", {}),
+        ("gemini", {}),
+        ("openai-responses", {"input": "Hi"}),
+    ],
+)
+def test_what_cannot_be_continued_is_not(dialect, body):
+    assert rs.DIALECTS[dialect].prefill(body, "Par") is None
+
+
+def test_ollama_continues_a_raw_prompt_exactly():
+    known = rs.DIALECTS["ollama-generate"]
+    body = {"prompt": "Hi", "raw": True}
+    assert known.prefill(body, "Par") == {"prompt": "HiPar", "raw": True}
+    assert known.exact(body)
+
+
+DL_LONG = "The quick brown fox jumps over the lazy dog and runs away "
+
+
+def dl_text(dialect, text, end=False):
+    """A body that brings text, and its end if there is to be one."""
+    if dialect == "openai-completions":
+        body = dl_data({"choices": [{"text": text}]})
+        finish = dl_data({"choices": [{"text": "", "finish_reason": "stop"}]})
+    elif dialect == "openai-responses":
+        body = dl_created() + dl_part("output_text.delta", 1, text)
+        finish = dl_ended(2, [dl_said(text)])
+    elif dialect == "anthropic":
+        body = b"".join(dl_block(0, dl_delta("text", text), type="text", text="")[:2])
+        finish = b"".join(dl_claude_end("end_turn"))
+    elif dialect == "gemini":
+        body, finish = dl_gemini({"text": text}), dl_gemini(finishReason="STOP")
+    elif dialect == "cohere":
+        body = dl_cohere_text("content-delta", text=text)
+        finish = dl_finish("cohere", "COMPLETE")
+    elif dialect.startswith("ollama"):
+        body = dl_line({"message": {"content": text}, "response": text})
+        finish = dl_finish("ollama", "stop")
+    elif dialect == "tgi":
+        body, finish = dl_data({"token": {"text": text}}), dl_finish("tgi", "length")
+    else:
+        body, finish = dl_chunk({"content": text}), dl_chunk({}, "stop")
+    return body + finish if end else body
+
+
+def dl_resume(dialect, first, second, model="m1", **more):
+    """A first answer is cut; return the stream, the requests, and the error."""
+    address: dict[str, Any] = {"base_url": "https://host.test/v1", "api_key": "k"}
+    session = DlSession(first, second)
+    stream = rs.stream_chat(
+        more.pop("messages", "Hi"),
+        model,
+        dialect=dialect,
+        session=session,
+        **{**address, **more},
+    )
+    error = None
+    try:
+        for _ in stream:
+            pass
+    except rs.StreamingError as caught:
+        error = caught
+    return stream, session.sent, error
+
+
+def dl_second_body(dialect, text, **more):
+    """What prefill() makes of the body that was sent."""
+    return {**DL_BODIES[dialect][0], **more, **DL_PREFILLS_OF(dialect, text)}
+
+
+def DL_PREFILLS_OF(dialect, text):
+    return json.loads(json.dumps(DL_PREFILLS[dialect]).replace("Par", text))
+
+
+@pytest.mark.parametrize("dialect", sorted(DL_EXACT))
+def test_what_surely_continues_is_continued_by_itself(dialect):
+    first, second = dl_text(dialect, DL_LONG), dl_text(dialect, "far.", end=True)
+    stream, sent, error = dl_resume(dialect, first, second)
+    assert (error, stream.text) == (None, DL_LONG + "far.")
+    assert stream.result.seams == (len(DL_LONG),)
+    assert sent[1].body == dl_second_body(dialect, DL_LONG)
+    assert sent[1].url == sent[0].url
+
+
+@pytest.mark.parametrize(
+    "dialect", sorted(set(rs.DIALECTS) - DL_EXACT - {"ollama-generate"})
+)
+def test_what_may_not_continue_is_continued_only_on_demand(dialect):
+    first, second = dl_text(dialect, DL_LONG), dl_text(dialect, "far.", end=True)
+    stream, sent, error = dl_resume(dialect, first, second)
+    assert isinstance(error, rs.IncompleteStreamError)
+    assert (error.text, len(sent)) == (DL_LONG, 1)
+    assert "resume" in str(error)
+    stream, sent, error = dl_resume(dialect, first, second, resume="continue")
+    assert error is None
+    if dialect == "anthropic":  # the space was not sent, and the model makes another
+        assert stream.text == DL_LONG + "far."
+        assert sent[1].body == dl_second_body(dialect, DL_LONG.rstrip())
+    else:
+        assert stream.text == DL_LONG + "far."
+        assert sent[1].body == dl_second_body(dialect, DL_LONG)
+    assert dl_text_of(stream.result.message) == stream.text
+
+
+def dl_text_of(message):
+    """All the text of a message, of whatever dialect."""
+    if isinstance(message, str):
+        return message
+    if isinstance(message, list):
+        return "".join(map(dl_text_of, message))
+    found = [message[key] for key in ("content", "parts", "text") if key in message]
+    return dl_text_of(found[0])
+
+
+def test_claude_4_5_is_continued_and_its_whitespace_is_not_doubled():
+    first = dl_text("anthropic", DL_LONG + "\n")
+    second = dl_text("anthropic", " \nfar.", end=True)
+    stream, sent, error = dl_resume(
+        "anthropic", first, second, model="claude-sonnet-4-5"
+    )
+    assert (error, stream.text) == (None, DL_LONG + "\nfar.")
+    assert sent[1].body["messages"][-1] == {
+        "role": "assistant",
+        "content": DL_LONG.rstrip(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "more"),
+    [
+        ("claude-opus-4-6", {}),
+        ("claude-sonnet-4-5", {"thinking": {"type": "enabled", "budget_tokens": 1024}}),
+    ],
+)
+def test_claude_is_not_continued_where_its_rules_forbid_it(model, more):
+    first = dl_text("anthropic", DL_LONG)
+    _, sent, error = dl_resume("anthropic", first, b"", model=model, **more)
+    assert isinstance(error, rs.IncompleteStreamError)
+    assert len(sent) == 1
+
+
+def test_whitespace_alone_is_no_prefix_for_claude():
+    first = dl_text("anthropic", " \n")
+    for mode in ("auto", "continue"):
+        _, sent, error = dl_resume(
+            "anthropic", first, b"", model="claude-sonnet-4-5", resume=mode
+        )
+        assert isinstance(error, rs.IncompleteStreamError)
+        assert len(sent) == 1
+
+
+def test_newer_claude_is_asked_to_go_on_if_the_caller_wants_it():
+    first = dl_text("anthropic", DL_LONG)
+    second = dl_text("anthropic", "and runs away far.", end=True)
+    stream, sent, error = dl_resume(
+        "anthropic", first, second, model="claude-opus-4-6", resume="ask"
+    )
+    assert error is None
+    partial, request = sent[1].body["messages"][1:]
+    assert partial == {"role": "assistant", "content": DL_LONG.rstrip()}
+    assert request["role"] == "user"
+    assert "interrupted" in request["content"]
+    assert stream.text.startswith(DL_LONG)
+
+
+@pytest.mark.parametrize("dialect", ["openai-completions", "ollama-generate", "tgi"])
+def test_a_prompt_has_no_turns_to_ask_with(dialect):
+    _, sent, error = dl_resume(dialect, dl_text(dialect, DL_LONG), b"", resume="ask")
+    assert isinstance(error, rs.IncompleteStreamError)
+    assert "cannot ask" in str(error)
+    assert len(sent) == 1
+
+
+def test_a_prompt_in_a_template_is_not_continued():
+    first = dl_text("ollama-generate", DL_LONG)
+    _, sent, error = dl_resume("ollama-generate", first, b"", resume="continue")
+    assert "cannot continue" in str(error)
+    assert len(sent) == 1
+    second = dl_text("ollama-generate", "far.", end=True)
+    stream, sent, error = dl_resume("ollama-generate", first, second, raw=True)
+    assert (error, stream.text) == (None, DL_LONG + "far.")
+    assert sent[1].body["prompt"] == "Hi" + DL_LONG
+
+
+def test_a_refused_continuation_raises_the_drop_with_the_refusal_in_its_history():
+    refusal = dl_json(
+        {
+            "type": "error",
+            "error": {
+                "type": "invalid_request_error",
+                "message": "Prefilling assistant messages is not supported",
+            },
+        }
+    )
+    _, sent, error = dl_resume(
+        "anthropic",
+        dl_text("anthropic", DL_LONG),
+        (400, refusal.encode()),
+        model="claude-opus-4-6",
+        resume="continue",
+    )
+    assert isinstance(error, rs.IncompleteStreamError)
+    assert len(sent) == 2
+    assert [record.error for record in error.history] == [
+        "IncompleteStreamError",
+        "APIError",
+    ]
+    assert "Prefilling" in error.history[1].message
+
+
+def test_deepseek_is_continued_under_beta_with_its_reasoning():
+    first = dl_chunk({"reasoning_content": "Hm"}) + dl_text("deepseek", DL_LONG)
+    second = dl_text("deepseek", "far.", end=True)
+    stream, sent, error = dl_resume(
+        "deepseek", first, second, base_url="https://api.deepseek.com/v1"
+    )
+    assert (error, stream.text) == (None, DL_LONG + "far.")
+    assert sent[0].url == "https://api.deepseek.com/v1/chat/completions"
+    assert sent[1].url == "https://api.deepseek.com/beta/chat/completions"
+    assert sent[1].body["messages"][-1] == {
+        "role": "assistant",
+        "content": DL_LONG,
+        "prefix": True,
+        "reasoning_content": "Hm",
+    }
+    assert stream.result.reasoning == "Hm"
+
+
+def test_deepseek_is_asked_where_it_was_asked_before():
+    first = dl_text("deepseek", DL_LONG)
+    second = dl_text("deepseek", "far.", end=True)
+    _, sent, _ = dl_resume(
+        "deepseek", first, second, base_url="https://api.deepseek.com", resume="ask"
+    )
+    assert sent[1].url == sent[0].url
+
+
+def test_a_copy_of_the_prefix_is_dropped():
+    first = dl_text("mistral", DL_LONG)
+    second = dl_text("mistral", DL_LONG + "far.", end=True)
+    stream, _, error = dl_resume("mistral", first, second)
+    assert (error, stream.text) == (None, DL_LONG + "far.")
+
+
+@pytest.mark.parametrize(
+    "open_",
+    [
+        dl_chunk({"reasoning_content": "Hm"}),
+        dl_calls(dl_call(0, "a", "f", '{"x":')),
+    ],
+    ids=["reasoning", "tool call"],
+)
+def test_open_reasoning_or_an_open_call_is_not_continued_by_itself(open_):
+    first = dl_text("vllm", DL_LONG) + open_
+    _, sent, error = dl_resume("vllm", first, b"")
+    assert isinstance(error, rs.IncompleteStreamError)
+    assert len(sent) == 1
+
+
+def test_responses_in_the_background_are_reattached():
+    events = [
+        dl_created(0),
+        dl_part("output_text.delta", 1, "A"),
+        dl_part("output_text.delta", 2, "B"),
+        dl_ended(3, [dl_said("AB")]),
+    ]
+    body = b"".join(events)
+    starts = [body.index(event) for event in events]
+    for cut in range(1, len(body)):
+        known = sum(start + len(event) <= cut for start, event in zip(starts, events))
+        rest = b"".join(events[known:]) if known else body
+        stream, sent, error = dl_resume(
+            "openai-responses",
+            body[:cut],
+            rest,
+            background=True,
+            base_url="https://host.test/v1?k=1",
+        )
+        assert (error, stream.text) == (None, "AB"), cut
+        assert sent[0].body["background"] is True
+        again = sent[1]
+        if known:
+            where = f"/responses/id1?stream=true&starting_after={known - 1}&k=1"
+            assert (again.method, again.body) == ("GET", None)
+            assert again.url == "https://host.test/v1" + where
+            assert again.headers["Authorization"] == "Bearer k"
+        else:  # the ID is not known yet
+            assert (again.method, again.body) == ("POST", sent[0].body)
+        assert stream.result.message == [dl_said("AB")]
+
+
+def test_known_events_of_a_reattached_response_are_left_out():
+    events = [dl_created(0), *[dl_part("output_text.delta", n, f"{n}") for n in (1, 2)]]
+    rest = b"".join(events[1:]) + dl_ended(3, [])
+    stream, _, error = dl_resume(
+        "openai-responses", b"".join(events[:2]), rest, background=True
+    )
+    assert (error, stream.text) == (None, "12")
+
+
+def test_events_that_are_missing_after_reattaching_are_noticed():
+    first = dl_created(0) + dl_part("output_text.delta", 1, "A")
+    gap = dl_part("output_text.delta", 3, "C") + dl_ended(4, [])
+    stream, _, error = dl_resume(
+        "openai-responses", first, gap, background=True, resume="reattach"
+    )
+    assert isinstance(error, rs.IncompleteStreamError)
+    assert "lost" in str(error)
+    assert stream.text == "A"
+
+
+def test_a_response_in_the_foreground_is_not_reattached():
+    first = dl_created(0) + dl_part("output_text.delta", 1, "A")
+    _, sent, error = dl_resume("openai-responses", first, b"")
+    assert isinstance(error, rs.IncompleteStreamError)
+    assert len(sent) == 1
+
+
+def test_resume_reattach_asks_for_the_background():
+    done = dl_ended(0, [dl_said("A")])
+    _, sent, _ = dl_resume("openai-responses", done, b"", resume="reattach")
+    assert sent[0].body["background"] is True
+
+
+def test_the_message_of_a_resumed_response_has_the_whole_text():
+    first = dl_text("openai-responses", DL_LONG)
+    second = dl_text("openai-responses", "far.", end=True)
+    stream, _, _ = dl_resume("openai-responses", first, second, resume="continue")
+    said = [{"type": "output_text", "text": DL_LONG + "far."}]
+    assert stream.result.message == [
+        {"type": "message", "role": "assistant", "content": said}
+    ]
+
+
+def test_max_tokens_stays_as_the_caller_set_it():
+    first, second = dl_text("vllm", DL_LONG), dl_text("vllm", "far.", end=True)
+    _, sent, _ = dl_resume("vllm", first, second, max_tokens=50)
+    assert [request.body["max_tokens"] for request in sent] == [50, 50]
+
+
+# -- a loop of tools
+
+
+def dl_two_turns(dialect, first, last, result, question="Weather?"):
+    """Ask, answer the call of the first turn, and ask again."""
+    session = DlSession(first, last)
+    messages = [question] if isinstance(question, list) else [DL_USER]
+
+    def turn():
+        return rs.complete_chat(
+            messages,
+            "m1",
+            dialect=dialect,
+            session=session,
+            api_key="k",
+            base_url="https://host.test",
+        )
+
+    one = turn()
+    (call,) = one.tool_calls
+    messages += [one.message, result(call)]
+    two = turn()
+    assert two.text == "Sunny."
+    return one, session.sent[1].body
+
+
+def test_a_tool_loop_with_openai():
+    first = b"".join(
+        [
+            dl_calls(dl_call(0, "call_1", "weather", "", type="function")),
+            dl_calls(dl_call(0, arguments='{"city":')),
+            dl_calls(dl_call(0, arguments='"Paris"}')),
+            dl_chunk({}, "tool_calls"),
+        ]
+    )
+    one, body = dl_two_turns(
+        "openai",
+        first,
+        dl_text("openai", "Sunny.", end=True),
+        lambda call: {"role": "tool", "tool_call_id": call.id, "content": "sun"},
+    )
+    assert one.finish_reason == "tool_calls"
+    assert body["messages"] == [
+        DL_USER,
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {
+                    "id": "call_1",
+                    "type": "function",
+                    "function": {"name": "weather", "arguments": '{"city":"Paris"}'},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": "sun"},
+    ]
+
+
+def test_a_tool_loop_with_anthropic_that_thinks():
+    first = b"".join(
+        [
+            dl_claude_start(),
+            *dl_block(
+                0,
+                *[
+                    dl_delta("thinking", word)
+                    for word in ("I ", "need ", "a ", "tool.")
+                ],
+                dl_delta("signature", "EqQB"),
+                type="thinking",
+                thinking="",
+                signature="",
+            ),
+            *dl_block(1, dl_delta("text", "Let me look."), type="text", text=""),
+            *dl_block(
+                2,
+                dl_delta("input_json", ""),
+                dl_delta("input_json", '{"city": "Paris"}'),
+                type="tool_use",
+                id="toolu_1",
+                name="weather",
+                input={},
+            ),
+            *dl_claude_end("tool_use", output_tokens=3),
+        ]
+    )
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "sun"}
+    one, body = dl_two_turns(
+        "anthropic",
+        first,
+        dl_text("anthropic", "Sunny.", end=True),
+        lambda call: {
+            "role": "user",
+            "content": [{**result, "tool_use_id": call.id}],
+        },
+    )
+    assert one.finish_reason == "tool_calls"
+    assert body["messages"] == [
+        DL_USER,
+        {
+            "role": "assistant",
+            "content": [
+                {
+                    "type": "thinking",
+                    "thinking": "I need a tool.",
+                    "signature": "EqQB",
+                },
+                {"type": "text", "text": "Let me look."},
+                {
+                    "type": "tool_use",
+                    "id": "toolu_1",
+                    "name": "weather",
+                    "input": {"city": "Paris"},
+                },
+            ],
+        },
+        {"role": "user", "content": [result]},
+    ]
+
+
+def test_a_tool_loop_with_gemini_and_its_thought_signatures():
+    call = {"functionCall": {"name": "weather", "args": {"city": "Paris"}}}
+    signed = {**call, "thoughtSignature": "Cg=="}
+    first = b"".join(
+        [
+            dl_gemini({"text": "I need a tool.", "thought": True}),
+            dl_gemini({"text": "Let me "}),
+            dl_gemini({"text": "look."}),
+            dl_gemini(signed),
+            dl_gemini(finishReason="STOP"),
+        ]
+    )
+    one, body = dl_two_turns(
+        "gemini",
+        first,
+        dl_text("gemini", "Sunny.", end=True),
+        lambda call: {
+            "role": "user",
+            "parts": [
+                {"functionResponse": {"name": call.name, "response": {"is": "sun"}}}
+            ],
+        },
+    )
+    assert one.finish_reason == "tool_calls"
+    assert body["contents"] == [
+        {"role": "user", "parts": [{"text": "Hi"}]},
+        {
+            "role": "model",
+            "parts": [
+                {"text": "I need a tool.", "thought": True},
+                {"text": "Let me look."},
+                signed,
+            ],
+        },
+        {
+            "role": "user",
+            "parts": [
+                {"functionResponse": {"name": "weather", "response": {"is": "sun"}}}
+            ],
+        },
+    ]
+
+
+def test_a_tool_loop_with_responses_passes_all_items_on():
+    items = [
+        {"type": "reasoning", "id": "r", "encrypted_content": "x", "summary": []},
+        {
+            "type": "function_call",
+            "id": "f",
+            "call_id": "call_1",
+            "name": "weather",
+            "arguments": "{}",
+        },
+    ]
+    first = dl_created() + dl_item("done", 1, 1, items[1]) + dl_ended(2, items)
+    _, body = dl_two_turns(
+        "openai-responses",
+        first,
+        dl_text("openai-responses", "Sunny.", end=True),
+        lambda call: {
+            "type": "function_call_output",
+            "call_id": call.id,
+            "output": "sun",
+        },
+    )
+    output = {"type": "function_call_output", "call_id": "call_1", "output": "sun"}
+    assert body["input"] == [DL_USER, *items, output]
+
+
+# -- a dialect of one's own
+
+
+def dl_readme_example():
+    """The code block of the README under its heading "Your own dialect"."""
+    here = Path(rs.__file__).with_name("README.rst"), Path(__file__).parent
+    for path in (here[0], here[1] / "readme_dialect.rst"):
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        _, found, rest = text.partition("\nYour own dialect\n")
+        if found or text.startswith("Your own dialect\n"):
+            block = (rest or text).partition(".. code-block:: python\n")[2]
+            lines = re.match(r"(?:\n|    .*\n)+", block)
+            assert lines is not None
+            return re.sub(r"(?m)^    ", "", lines.group())
+    pytest.skip("README.rst has no section 'Your own dialect' yet")
+    return ""
+
+
+@pytest.fixture
+def dl_parrot(capsys):
+    code = dl_readme_example()
+    assert len(code.strip().splitlines()) < 40
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.rst", "exec"), names)
+    assert capsys.readouterr().out == "Pieces of eight!\n"
+    return names["Parrot"]()
+
+
+def test_the_dialect_of_the_readme_reads_an_answer(dl_parrot):
+    body = b"".join(
+        [
+            dl_data({"think": "Hm."}),
+            dl_data({"say": "Aye."}),
+            dl_data({"hum": 1}),
+            dl_data({"call": {"id": "a", "name": "f", "json": '{"x":'}}),
+            dl_data({"call": {"id": "a", "name": "f", "json": "1}"}}),
+            dl_data({"over": "call", "words_in": 1, "words_out": 2}),
+        ]
+    )
+    result = dl_hear(body, dl_parrot).result
+    assert (result.text, result.reasoning) == ("Aye.", "Hm.")
+    assert result.tool_calls == (rs.ToolCall("a", "f", '{"x":1}'),)
+    assert (result.finish_reason, result.raw_finish_reason) == ("tool_calls", "call")
+    assert result.usage[:2] == (1, 2)
+    assert result.message == {"role": "assistant", "content": "Aye."}
+    for size in range(len(body)):
+        heard = dl_hear(body[:size], dl_parrot)
+        assert heard.error.retryable
+        assert "Aye.".startswith(heard.result.text)
+    error = dl_data({"error": {"message": "words", "type": "overloaded"}})
+    assert dl_hear(error, dl_parrot).error.retryable
+    odd = dl_data({"call": {"id": "a"}}) + body
+    assert dl_hear(odd, dl_parrot).result.stats.malformed == 1
+
+
+def test_the_dialect_of_the_readme_asks_and_resumes(dl_parrot, monkeypatch):
+    with pytest.raises(ValueError, match="PARROT_API_KEY"):
+        rs.stream_chat("Hello", "ara", dialect=dl_parrot)
+    monkeypatch.setenv("PARROT_API_KEY", "secret")
+    first = dl_data({"say": DL_LONG})
+    second = dl_data({"say": "far."}) + dl_data({"over": "enough"})
+    session = DlSession(first, second)
+    stream = rs.stream_chat("Hello", "ara", dialect=dl_parrot, session=session, pitch=2)
+    assert "".join(stream) == DL_LONG + "far."
+    one, two = session.sent
+    assert one.url == two.url == "https://api.parrot.example/v1/talk"
+    assert one.headers["Authorization"] == "Bearer secret"
+    assert one.body == {"parrot": "ara", "heard": "Hello", "pitch": 2}
+    assert two.body == {**one.body, "already_said": DL_LONG}
+
+
+# -- helpers of sections 9 and 10
+
+NET_KEY = "sk-transport-0123456789"
+NET_PATIENT = rs.Timeouts(20, 20, 20, 20, 40)
+NET_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+NET_CHUNKED = NET_HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+NET_FINISH = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
+NET_DONE = b"data: [DONE]\n\n"
+NET_SOON = 5  # seconds; what is bounded by it would else take 20 or for ever
+
+net_needs_proc = pytest.mark.skipif(
+    not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc"
+)
+
+
+def net_delta(text):
+    chunk = {"choices": [{"index": 0, "delta": {"content": text}}]}
+    return f"data: {json.dumps(chunk)}\n\n".encode()
+
+
+def net_body(*texts):
+    return b"".join(map(net_delta, texts)) + NET_FINISH + NET_DONE
+
+
+def net_chunk(data):
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def net_chat(server, **options):
+    options.setdefault("retry", None)
+    options.setdefault("timeouts", NET_PATIENT)
+    options.setdefault("api_key", NET_KEY)
+    if server is not None:
+        options.setdefault("base_url", server.url + "/v1")
+    return rs.stream_chat("Hi", "m", **options)
+
+
+def net_limits(**limits):
+    """No limits but these; the total is there to end a test that fails."""
+    unlimited = dict.fromkeys(("connect", "first_token", "read", "idle"))
+    return rs.Timeouts(**{**unlimited, "total": 20, **limits})
+
+
+def net_eventually(condition):
+    end = time.monotonic() + NET_SOON
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+    return condition()
+
+
+def net_sends(*steps):
+    """A fault that sends bytes, and sleeps for numbers; then FIN."""
+
+    def fault(connection, request):
+        for step in steps:
+            if isinstance(step, bytes):
+                connection.send(step)
+            else:
+                connection.wait(step)
+        connection.drop()
+
+    return fault
+
+
+def net_always(respond):
+    """A fault that answers all requests of its connection."""
+
+    def fault(connection, request):
+        while True:
+            respond(connection)
+            read_request(connection)
+
+    return fault
+
+
+@contextlib.contextmanager
+def net_listener(talk):
+    """A listener that accepts, and then does what talk(sock) does, or nothing."""
+    over = threading.Event()
+
+    def serve(sock):
+        with sock, contextlib.suppress(OSError):
+            talk(sock)
+            over.wait(30)
+
+    def accept():
+        while not over.is_set():
+            with contextlib.suppress(OSError):
+                sock, _ = listener.accept()
+                threading.Thread(target=serve, args=(sock,), daemon=True).start()
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(50)
+        listener.settimeout(0.1)
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        yield "127.0.0.1:{}".format(listener.getsockname()[1])
+        over.set()
+        thread.join()
+
+
+def net_drip(data, seconds=0.03):
+    def talk(sock):
+        for byte in itertools.chain(data, itertools.repeat(ord("x"))):
+            sock.sendall(bytes([byte]))
+            time.sleep(seconds)
+
+    return talk
+
+
+def net_later(seconds, action):
+    """Run the action soon in another thread."""
+    timer = threading.Timer(seconds, action)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def net_signal_me(number):
+    signal.pthread_kill(threading.main_thread().ident, number)
+
+
+@pytest.fixture(scope="module")
+def net_tls(tmp_path_factory):
+    """The context of a TLS server, and the file of its authority."""
+    trustme = pytest.importorskip("trustme")
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost", "127.0.0.1").configure_cert(context)
+    path = tmp_path_factory.mktemp("tls") / "ca.pem"
+    authority.cert_pem.write_to_path(str(path))
+    return context, str(path)
+
+
+@pytest.fixture(autouse=True)
+def net_clean_environment(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(params=["plain", "tls"])
+def net_security(request, monkeypatch):
+    """Keyword arguments for a server, plain and with TLS that we trust."""
+    if request.param == "plain":
+        return {}
+    context, authority = request.getfixturevalue("net_tls")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", authority)
+    return {"tls": context}
+
+
+class NetFraming:
+    """One way to frame a body, such as ``chunked`` or ``close+gzip``."""
+
+    windows = {"gzip": 31, "deflate": 15, "raw": -15}
+
+    def __init__(self, name, total):
+        self.kind, _, coding = name.partition("+")
+        version = b"1.0" if self.kind == "http10" else b"1.1"
+        heads = {
+            "chunked": b"Transfer-Encoding: chunked\r\n",
+            "one-chunk": b"Transfer-Encoding: chunked\r\n",
+            "length": b"Content-Length: %d\r\n" % total,
+        }
+        end = heads.get(self.kind, b"Connection: close\r\n")
+        if coding:
+            wire_name = "gzip" if coding == "gzip" else "deflate"
+            end += f"Content-Encoding: {wire_name}\r\n".encode()
+        self.head = NET_HEAD.replace(b"1.1", version) + end + b"\r\n"
+        if self.kind == "one-chunk":
+            self.head += b"%x\r\n" % total
+        window = self.windows.get(coding)
+        self._coder = zlib.compressobj(9, zlib.DEFLATED, window) if window else None
+
+    def part(self, data):
+        if self._coder:
+            data = self._coder.compress(data) + self._coder.flush(zlib.Z_SYNC_FLUSH)
+        return self._framed(data)
+
+    def end(self):
+        rest = self._framed(self._coder.flush()) if self._coder else b""
+        last = {"chunked": b"0\r\n\r\n", "one-chunk": b"\r\n0\r\n\r\n"}
+        return rest + last.get(self.kind, b"")
+
+    def _framed(self, data):
+        return net_chunk(data) if self.kind == "chunked" else data
+
+
+# ---------------------------------------------------------------------------
+# 9. Watchdog
+# ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_watchdog(monkeypatch):
+    monkeypatch.setattr(rs, "_the_watchdog", None)
+    return rs._watchdog()
+
+
+@pytest.fixture
+def pair():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.settimeout(NET_SOON)
+        yield ours, theirs
+
+
+def is_shut(theirs):
+    theirs.setblocking(False)
+    try:
+        return theirs.recv(1) == b""
+    except BlockingIOError:
+        return False
+
+
+def watchdog_threads():
+    names = [thread.name for thread in threading.enumerate()]
+    return names.count("resilient_sse watchdog")
+
+
+def test_a_guard_that_is_due_shuts_the_socket_down_and_says_why(pair):
+    ours, theirs = pair
+    guard = rs._Guard()
+    guard.attach(ours.fileno())
+    guard.set(rs._now() + 0.05, "idle")
+    assert theirs.recv(1) == b""
+    assert guard.verdict == "idle"
+    guard.release()
+
+
+def test_a_guard_is_fired_when_the_last_due_time_says_not_an_earlier_one(pair):
+    ours, theirs = pair
+    guard = rs._Guard()
+    guard.attach(ours.fileno())
+    for later in (0.02, 0.05, 600):
+        guard.set(rs._now() + later, "read")
+    other = rs._Guard()
+    other.set(rs._now() + 0.1, "other")
+    assert net_eventually(lambda: other.verdict)
+    assert (guard.verdict, is_shut(theirs)) == ("", False)
+    guard.set(rs._now() + 0.02, "end")  # a deadline may come nearer, too
+    assert net_eventually(lambda: guard.verdict == "end")
+    guard.release()
+
+
+def test_a_guard_at_rest_is_not_fired(pair):
+    ours, theirs = pair
+    guard = rs._Guard()
+    guard.attach(ours.fileno())
+    guard.set(rs._now() + 0.02, "read")
+    guard.rest()
+    other = rs._Guard()
+    other.set(rs._now() + 0.1, "other")
+    assert net_eventually(lambda: other.verdict)
+    assert (guard.verdict, is_shut(theirs)) == ("", False)
+    guard.release()
+
+
+def test_a_guard_fired_after_its_release_does_nothing(pair):
+    ours, theirs = pair
+    guard = rs._Guard()
+    guard.attach(ours.fileno())
+    guard.release()
+    guard.fire("closed")
+    assert (guard.verdict, is_shut(theirs)) == ("", False)
+
+
+def test_a_guard_fired_before_there_is_a_socket_shuts_it_down_once_there_is(pair):
+    ours, theirs = pair
+    guard = rs._Guard()
+    guard.fire("closed")
+    guard.fire("read")
+    guard.attach(ours.fileno())
+    assert is_shut(theirs)
+    assert guard.verdict == "closed"
+    guard.release()
+
+
+def test_limits_of_ages_do_not_kill_the_watchdog(fresh_watchdog):
+    for due in (1e12, 1e300):
+        rs._Guard().set(due, "read")
+    # As when the reader comes to rest while the watchdog looks at its guard.
+    resting = rs._Guard()
+    fresh_watchdog.watch(resting)
+    time.sleep(0.05)
+    guard = rs._Guard()
+    guard.set(rs._now() + 0.05, "idle")
+    assert net_eventually(lambda: guard.verdict == "idle")
+
+
+def test_limits_of_ages_are_limits_like_others():
+    ages = rs.Timeouts(1e9, 1e9, 1e9, 1e9, 1e9)
+    with FlakyServer("Hello") as server:
+        assert "".join(net_chat(server, timeouts=ages)) == "Hello"
+
+
+def test_finished_guards_are_swept_from_the_heap(fresh_watchdog):
+    held = [rs._Guard() for _ in range(10)]
+    for guard in held:
+        guard.set(rs._now() + 600, "read")
+    for _ in range(2000):
+        guard = rs._Guard()
+        guard.set(rs._now() + 500, "read")
+        guard.release()
+    assert len(fresh_watchdog._heap) <= 100
+    assert set(held) <= {entry[2] for entry in fresh_watchdog._heap}
+
+
+def test_a_stream_adds_few_entries_to_the_heap_however_long_it_is(fresh_watchdog):
+    with FlakyServer("x" * 500, pieces=1) as server:
+        stream = net_chat(server)
+        for _ in stream:
+            assert len(fresh_watchdog._heap) <= 4
+
+
+def test_the_watchdog_keeps_nothing_of_a_finished_stream_alive(monkeypatch):
+    opened = []
+    open_it = rs._Exchange.open
+
+    def spy(exchange):
+        opened.append(weakref.ref(exchange))
+        open_it(exchange)
+
+    monkeypatch.setattr(rs._Exchange, "open", spy)
+    with FlakyServer("Hello", ["ok", "drop:300"]) as server:
+        assert "".join(net_chat(server)) == "Hello"
+        with pytest.raises(rs.StreamingError):
+            "".join(net_chat(server))
+    gc.collect()
+    assert [reference() for reference in opened] == [None, None]
+
+
+def test_fifty_streams_share_one_watchdog_thread(fresh_watchdog):
+    before = watchdog_threads()
+    errors = []
+
+    def read(stream):
+        try:
+            "".join(stream)
+        except rs.StreamingError as error:
+            errors.append(type(error))
+
+    with FlakyServer(script=["stall-event:3"], loop=True) as server:
+        streams = [net_chat(server) for _ in range(50)]
+        readers = [threading.Thread(target=read, args=(s,)) for s in streams]
+        for reader in readers:
+            reader.start()
+        assert net_eventually(lambda: all(stream.text for stream in streams))
+        assert watchdog_threads() == before + 1
+        assert len(fresh_watchdog._heap) <= 150
+        for stream in streams:
+            stream.close()
+        for reader in readers:
+            reader.join(NET_SOON)
+        assert errors == [rs.StreamAbortedError] * 50
+        assert net_eventually(lambda: server.open_connections == 0)
+
+
+def test_silence_ends_one_of_many_streams_and_no_other():
+    results = {}
+
+    def read(number, stream):
+        try:
+            results[number] = "".join(stream)
+        except rs.StreamTimeoutError as error:
+            results[number] = error.kind
+
+    script = ["ok"] * 10
+    script[3] = "stall-event:5"
+    limits = net_limits(read=0.6)
+    with FlakyServer(script=script, delay=0.005) as server:
+        readers = []
+        for number in range(10):
+            stream = net_chat(server, timeouts=limits)
+            reader = threading.Thread(target=read, args=(number, stream))
+            reader.start()
+            readers.append(reader)
+            assert net_eventually(lambda: len(server.requests) == len(readers))
+        for reader in readers:
+            reader.join(20)
+    assert results.pop(3) == "read"
+    assert list(results.values()) == [STORY] * 9
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_streams_work_in_a_forked_child_and_the_parent_keeps_its_own():
+    go_on = threading.Event()
+
+    def parents(connection, request):
+        connection.send(NET_CHUNKED + net_chunk(net_delta("Hello")))
+        go_on.wait(20)
+        connection.send(net_chunk(net_body(" again")) + b"0\r\n\r\n")
+
+    def child(parents_stream):
+        assert "".join(net_chat(server)) == STORY
+        with pytest.raises(rs.StreamTimeoutError) as caught:
+            "".join(net_chat(server, timeouts=net_limits(read=0.1)))
+        assert caught.value.kind == "read"
+        parents_stream.close()  # its copy, not the connection
+        gc.collect()
+
+    with FlakyServer(script=[parents, "ok", "stall-event:3"]) as server:
+        stream = net_chat(server)
+        assert next(stream) == "Hello"
+        pid = os.fork()
+        if not pid:  # pragma: no cover (in the child)
+            status = 1
+            try:
+                child(stream)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        _, status = os.waitpid(pid, 0)
+        go_on.set()
+        assert status == 0
+        assert list(stream) == [" again"]
+        assert len(server.requests) == 3
+
+
+def test_without_any_thread_socket_timeouts_and_looks_at_the_clock_must_do(
+    fresh_watchdog, monkeypatch
+):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    servers_thread = threading.Thread.start
+    monkeypatch.setattr(
+        threading.Thread,
+        "start",
+        lambda t: refuse(t) if "resilient" in t.name else servers_thread(t),
+    )
+    with FlakyServer(script=["ok", "ping-forever:5"]) as server:
+        assert "".join(net_chat(server)) == STORY
+        with pytest.raises(rs.StreamTimeoutError) as caught:
+            "".join(net_chat(server, timeouts=net_limits(idle=0.2)))
+    assert caught.value.kind == "idle"
+
+
+# ---------------------------------------------------------------------------
+# 10. Transport
+# ---------------------------------------------------------------------------
+
+# -- every byte when it arrives
+
+NET_FRAMINGS = [
+    "chunked",
+    "one-chunk",
+    "length",
+    "close",
+    "http10",
+    "chunked+gzip",
+    "chunked+deflate",
+    "chunked+raw",
+    "close+gzip",
+]
+
+
+def one_by_one(name, parts, taken, sent):
+    """A fault that sends a part when the client has taken the one before."""
+
+    def fault(connection, request):
+        framing = NetFraming(name, sum(map(len, parts)))
+        connection.send(framing.head)
+        for part in parts:
+            sent.append(part)
+            connection.send(framing.part(part))
+            if not taken.acquire(timeout=20):
+                connection.drop()
+        connection.send(framing.end())
+
+    return fault
+
+
+@pytest.mark.parametrize("name", NET_FRAMINGS)
+def test_each_delta_is_handed_out_before_the_server_sends_the_next(name, net_security):
+    texts = ["a", "b" * 300, "c", "d" * 70000, "e"]
+    parts = [*map(net_delta, texts), NET_FINISH + NET_DONE]
+    taken, sent = threading.Semaphore(0), []
+    fault = one_by_one(name, parts, taken, sent)
+    with FlakyServer(script=[fault], **net_security) as server:
+        stream = net_chat(server)
+        for number, text in enumerate(texts, 1):
+            assert next(stream) == text
+            assert len(sent) == number
+            taken.release()
+        taken.release()
+        assert list(stream) == []
+
+
+@pytest.mark.parametrize("name", ["chunked", "length", "close+gzip"])
+def test_each_event_of_a_feed_is_handed_out_before_the_next_is_sent(name):
+    parts = [f"data: {number}\n\n".encode() for number in range(5)]
+    taken, sent = threading.Semaphore(0), []
+    fault = one_by_one(name, parts, taken, sent)
+    with FlakyServer(script=[fault]) as server:
+        stream = rs.stream_events(server.url + "/events", retry=None)
+        for number in range(5):
+            assert next(stream).data == str(number)
+            assert len(sent) == number + 1
+            taken.release()
+
+
+@pytest.mark.parametrize("name", NET_FRAMINGS)
+def test_a_body_that_comes_byte_by_byte_is_the_same_body(name):
+    body = net_body("Grüße, ", "Welt", "!")
+    framing = NetFraming(name, len(body))
+    wire = framing.head + framing.part(body[:99]) + framing.part(body[99:])
+    wire += framing.end()
+    steps = [bytes([byte]) for byte in wire]
+    for place in range(0, len(steps), 7):
+        steps[place : place + 1] = [steps[place], 0.0005]
+    with FlakyServer(script=[net_sends(*steps)]) as server:
+        assert list(net_chat(server)) == ["Grüße, ", "Welt", "!"]
+
+
+def test_deltas_are_handed_out_while_the_last_chunk_lacks_its_blank_line():
+    go_on = threading.Event()
+
+    def fault(connection, request):
+        events = net_delta("all of it")
+        connection.send(NET_CHUNKED + net_chunk(events) + b"0\r\n")
+        go_on.wait(20)
+        connection.send(b"\r\n")
+
+    with FlakyServer(script=[fault]) as server:
+        stream = net_chat(server)
+        assert next(stream) == "all of it"
+        go_on.set()
+        with pytest.raises(rs.IncompleteStreamError):
+            next(stream)
+
+
+def test_bytes_of_the_framing_count_as_signs_of_life():
+    first, *rest = map(net_chunk, [net_delta("Hello"), net_body(" world")])
+    head = [bytes([byte]) for byte in b"".join(rest)[:4]]
+    extension = [bytes([byte]) for byte in b";slow=yes"]
+    slowly = [step for byte in extension for step in (byte, 0.1)]
+    steps = [NET_CHUNKED + first, head[0], head[1], *slowly]
+    size, _, data = rest[0].partition(b"\r\n")
+    steps = [NET_CHUNKED + first, size, *slowly, b"\r\n" + data + b"0\r\n\r\n"]
+    with FlakyServer(script=[net_sends(*steps)]) as server:
+        stream = net_chat(server, timeouts=net_limits(read=0.5))
+        assert list(stream) == ["Hello", " world"]
+
+
+# -- every truncation noticed
+
+NET_CUTS = ["drop:1500", "drop-chunk:1500", "reset:1500", "stall:1500"]
+
+
+@pytest.mark.parametrize("cut", NET_CUTS)
+@pytest.mark.parametrize(
+    "framing",
+    ["chunked", "one-chunk", "length", "close", "http10", "gzip", "deflate"],
+)
+def test_every_cut_is_noticed_and_nothing_before_it_lost(framing, cut, net_security):
+    limits = net_limits(read=0.15)
+    with FlakyServer(script=[cut], framing=framing, **net_security) as server:
+        stream = net_chat(server, timeouts=limits)
+        with pytest.raises(rs.StreamingError) as caught:
+            list(stream)
+        assert net_eventually(lambda: server.open_connections == 0)
+    error = caught.value
+    assert error.retryable
+    assert len(error.text) >= 8
+    assert STORY.startswith(error.text)
+    assert error.text == stream.text
+    if cut.startswith("stall"):
+        assert isinstance(error, rs.StreamTimeoutError)
+        assert error.kind == "read"
+    elif framing in ("close", "http10"):  # a cut looks like the end there
+        kinds = (rs.IncompleteStreamError, rs.StreamConnectionError)
+        assert isinstance(error, kinds)
+    else:
+        assert isinstance(error, rs.StreamConnectionError)
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "raw"])
+def test_compressed_data_that_breaks_off_in_a_whole_body_is_noticed(coding):
+    framing = NetFraming("chunked+" + coding, 0)
+    wire = framing.head + framing.part(net_delta("Hello")) + b"0\r\n\r\n"
+    with FlakyServer(script=[net_sends(wire)]) as server:
+        stream = net_chat(server)
+        assert next(stream) == "Hello"
+        with pytest.raises(rs.StreamConnectionError, match="broke off"):
+            next(stream)
+
+
+def test_what_comes_with_a_fault_of_the_framing_is_handed_out_before_the_error():
+    wire = NET_CHUNKED + net_chunk(net_delta("Hello")) + b"what?\r\n"
+    with FlakyServer(script=[net_sends(wire)]) as server:
+        stream = net_chat(server)
+        with pytest.raises(rs.StreamConnectionError, match="garbled") as caught:
+            list(stream)
+    assert caught.value.text == "Hello"
+
+
+NET_NO_ANSWERS = {
+    "closed": b"",
+    "not HTTP": b"220 mail.example.org ESMTP\r\n",
+    "bytes": bytes(range(256)) * 4,
+    "half a status line": b"HTTP/1.1 2",
+    "bad status": b"HTTP/1.1 abc OK\r\n\r\n",
+    "endless line": b"HTTP/1.1 200 " + b"x" * 200000,
+    "endless header line": NET_HEAD + b"X: " + b"x" * 200000,
+    "too many headers": NET_HEAD + b"X: y\r\n" * 1000 + b"\r\n",
+    "two lengths": NET_HEAD + b"Content-Length: 5, 6\r\n\r\nHello",
+    "cut headers": NET_HEAD,
+    "bad chunk": NET_CHUNKED + b"what?\r\n",
+    "negative chunk": NET_CHUNKED + b"-5\r\nHello",
+    "empty": NET_HEAD + b"Connection: close\r\nContent-Length: 0\r\n\r\n",
+    "corrupt gzip": NET_HEAD + b"Content-Encoding: gzip\r\n\r\n" + b"\x1f\x8b" * 40,
+    "no gzip": NET_HEAD + b"Content-Encoding: gzip\r\n\r\n" + net_delta("Hi"),
+}
+
+
+@pytest.mark.parametrize("wire", NET_NO_ANSWERS.values(), ids=NET_NO_ANSWERS)
+def test_what_is_no_answer_is_one_error_of_ours_and_tried_again(wire):
+    with FlakyServer("Hello", [net_sends(wire)] * 2) as server:
+        with pytest.raises(rs.StreamingError) as caught:
+            list(net_chat(server))
+        assert caught.value.retryable
+        retry = rs.Retry(attempts=2, wait_initial=0)
+        assert "".join(net_chat(server, retry=retry)) == "Hello"
+        assert net_eventually(lambda: server.open_connections <= 1)
+
+
+# -- framing and compression as such
+
+
+class NetSource:
+    """Hands out its pieces, one a read."""
+
+    def __init__(self, pieces):
+        self._pieces = iter(pieces)
+
+    def read1(self, size):
+        piece = next(self._pieces, b"")
+        assert len(piece) <= size
+        return piece
+
+
+def split_at(data, places):
+    edges = [0, *sorted({place % (len(data) + 1) for place in places}), len(data)]
+    pieces = [data[i:j] for i, j in zip(edges, edges[1:])]
+    return [piece for piece in pieces if piece]
+
+
+def read_all(body):
+    pieces = []
+    while not body.is_clean:
+        pieces.append(body.read())
+    assert body.read() == b""
+    return b"".join(pieces)
+
+
+def chunked_wire(chunks, extensions, zeros, trailer):
+    rows = zip(chunks, itertools.cycle(extensions), itertools.cycle(zeros))
+    wire = b"".join(
+        b"0" * zero + b"%x%s\r\n%s\r\n" % (len(chunk), extension, chunk)
+        for chunk, extension, zero in rows
+    )
+    return wire + b"0\r\n" + b"".join(trailer) + b"\r\n"
+
+
+NET_EXTENSIONS = [b"", b";a=1", b' ; q="x;y"', b" ", b";f00d"]
+NET_TRAILERS = [b"X-Sum: 1\r\n", b"\xff: 0\r\n", b"5: 0\r\n"]
+net_places = st.lists(st.integers(0, 1 << 20), max_size=30)
+
+
+@settings(deadline=None, max_examples=120)
+@given(
+    chunks=st.lists(st.binary(min_size=1, max_size=40), max_size=12),
+    extensions=st.lists(st.sampled_from(NET_EXTENSIONS), min_size=1, max_size=3),
+    zeros=st.lists(st.integers(0, 3), min_size=1, max_size=3),
+    trailer=st.lists(st.sampled_from(NET_TRAILERS), max_size=3),
+    places=net_places,
+)
+@example([b"a" * 16, b"\r\n", b"0\r\n\r\n"], [b""], [0], [], list(range(99)))
+def test_a_chunked_body_is_its_data_however_it_is_chunked_and_split(
+    chunks, extensions, zeros, trailer, places
+):
+    wire = chunked_wire(chunks, extensions, zeros, trailer)
+    body = rs._ChunkedBody(NetSource(split_at(wire, places)))
+    assert read_all(body) == b"".join(chunks)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    chunks=st.lists(st.binary(min_size=1, max_size=20), max_size=5),
+    places=net_places,
+    end=st.integers(0, 1 << 20),
+)
+def test_a_chunked_body_that_is_cut_anywhere_gives_a_prefix_and_raises(
+    chunks, places, end
+):
+    wire = chunked_wire(chunks, [b""], [0], [])
+    wire = wire[: end % (len(wire) - 3)]  # a part of the last two bytes may be missing
+    body = rs._ChunkedBody(NetSource(split_at(wire, places)))
+    got = b""
+    with pytest.raises(rs._CutBody):
+        while True:
+            got += body.read()
+            assert not body.is_clean
+    assert b"".join(chunks).startswith(got)
+
+
+NET_GARBLED = {
+    "not a number": b"5\r\nHello\r\nzz\r\n",
+    "negative": b"5\r\nHello\r\n-1\r\nx\r\n",
+    "nothing": b"5\r\nHello\r\n\r\n",
+    "an extension alone": b"5\r\nHello\r\n;x\r\n",
+    "HTML": b"5\r\nHello\r\n<html>\r\n",
+    "a sign": b"5\r\nHello\r\n+5;x\r\nHello",
+    "digits behind a chunk": b"5\r\nHelloab\r\n" + b"x" * 200,
+    "more data than announced": b"5\r\nHello world\r\n0\r\n\r\n",
+    "a huge number": b"5\r\nHello\r\n" + b"f" * 99 + b";x\r\n",
+}
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+@pytest.mark.parametrize("wire", NET_GARBLED.values(), ids=NET_GARBLED)
+def test_garbled_chunks_raise_and_give_nothing_but_what_came_before(wire, size):
+    pieces = [wire[i : i + size] for i in range(0, len(wire), size)]
+    body = rs._ChunkedBody(NetSource(pieces))
+    got = b""
+    with pytest.raises(rs._CutBody):
+        while True:
+            got += body.read()
+            assert not body.is_clean
+    assert got == b"Hello"
+
+
+@pytest.mark.parametrize("start", [b"5;", b"5\r\nHello\r\n0\r\n"])
+def test_endless_chunk_headers_and_trailers_raise(start):
+    source = itertools.chain([start], itertools.repeat(b"x: y\n" * 1000, 100))
+    if start == b"5;":
+        source = itertools.chain([start], itertools.repeat(b"x" * 5000, 100))
+    body = rs._ChunkedBody(NetSource(source))
+    with pytest.raises(rs._CutBody, match="no end"):
+        read_all(body)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    blocks=st.lists(
+        st.one_of(st.binary(max_size=300), st.integers(0, 70000)), max_size=4
+    ),
+    coding=st.sampled_from(["gzip", "deflate", "raw"]),
+    flush=st.booleans(),
+    places=net_places,
+    padding=st.sampled_from([b"", b"\0", b"\0" * 99]),
+)
+@example([65536 + 10], "raw", False, [], b"")
+@example([65536, 10], "raw", True, [], b"")
+@example([b"abc"], "raw", False, list(range(99)), b"")
+@example([b"abc"], "deflate", False, list(range(99)), b"")
+@example([], "gzip", False, [1], b"\0")
+def test_a_compressed_body_is_its_data_however_it_is_split(
+    blocks, coding, flush, places, padding
+):
+    window = NetFraming.windows[coding]
+    coder, wire, data = zlib.compressobj(9, zlib.DEFLATED, window), b"", b""
+    for block in blocks:
+        block = block if isinstance(block, bytes) else b"a" * block
+        data += block
+        wire += coder.compress(block)
+        wire += coder.flush(zlib.Z_SYNC_FLUSH) if flush else b""
+    wire += coder.flush() + (padding if coding == "gzip" else b"")
+    encoding = "gzip" if coding == "gzip" else "deflate"
+    plain = rs._PlainBody(NetSource(split_at(wire, places)), None)
+    body = rs._InflatedBody(plain, encoding)
+    assert read_all(body) == data
+
+
+def test_gzip_members_that_follow_each_other_are_one_body():
+    members = []
+    for data in (b"Hello", b" ", b"world"):
+        coder = zlib.compressobj(9, zlib.DEFLATED, 31)
+        members.append(coder.compress(data) + coder.flush())
+    plain = rs._PlainBody(NetSource([members[0] + members[1], members[2]]), None)
+    assert read_all(rs._InflatedBody(plain, "gzip")) == b"Hello world"
+
+
+def test_an_unknown_compression_is_a_clear_error_and_not_tried_again():
+    wire = NET_HEAD + b"Content-Encoding: br\r\n\r\n\x8b\x03\x80"
+    with FlakyServer(script=[net_sends(wire)] * 2) as server:
+        with pytest.raises(rs.MalformedStreamError, match="'br'") as caught:
+            list(net_chat(server, retry=rs.Retry(wait_initial=0)))
+        assert not caught.value.retryable
+        assert len(server.requests) == 1
+        assert server.requests[0].headers["accept-encoding"] == "identity"
+
+
+def test_an_error_in_an_unknown_compression_is_known_by_its_status():
+    wire = b"HTTP/1.1 503 No\r\nContent-Encoding: br\r\nContent-Length: 3\r\n\r\n\x8b\x03\x80"
+    with FlakyServer(script=[net_sends(wire)]) as server:
+        with pytest.raises(rs.APIError) as caught:
+            list(net_chat(server))
+    assert (caught.value.status, caught.value.retryable) == (503, True)
+
+
+# -- redirects and .netrc
+
+NET_REDIRECTS = [300, 301, 302, 303, 304, 305, 307, 308]
+
+
+@pytest.mark.parametrize("own_session", [True, False], ids=["ours", "callers"])
+@pytest.mark.parametrize("status", NET_REDIRECTS)
+def test_no_redirect_is_followed_and_the_other_host_hears_nothing(status, own_session):
+    session = None if own_session else requests.Session()
+    with FlakyServer() as elsewhere:
+        wire = f"HTTP/1.1 {status} Moved\r\nLocation: {elsewhere.url}/v1/x\r\n"
+        wire += "Content-Length: 0\r\n\r\n"
+        with FlakyServer(script=[net_sends(wire.encode())]) as server:
+            with pytest.raises(rs.APIError) as caught:
+                list(net_chat(server, session=session, retry=rs.Retry(wait_initial=0)))
+            assert len(server.requests) == 1
+        assert elsewhere.connections == 0
+    assert caught.value.status == status
+    assert not caught.value.retryable
+
+
+def test_a_redirect_to_the_same_origin_is_not_followed_either():
+    wire = b"HTTP/1.1 307 Moved\r\nLocation: /v2\r\nContent-Length: 0\r\n\r\n"
+    with FlakyServer(script=[net_sends(wire)]) as server:
+        with pytest.raises(rs.APIError):
+            list(net_chat(server))
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("own_session", [True, False], ids=["ours", "callers"])
+def test_the_endless_body_of_a_redirect_is_not_read(own_session):
+    session = None if own_session else requests.Session()
+    sent = []
+
+    def fault(connection, request):
+        head = b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:9/\r\n"
+        connection.send(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        while len(sent) < 200:
+            connection.send(net_chunk(b"x" * (1 << 20)))
+            sent.append(1)
+
+    with FlakyServer(script=[fault]) as server:
+        with pytest.raises(rs.APIError):
+            list(net_chat(server, session=session))
+        assert net_eventually(lambda: server.open_connections == 0)
+    assert len(sent) < 50
+
+
+def test_a_redirect_to_nowhere_is_an_error_of_the_server_not_of_the_caller():
+    wire = b"HTTP/1.1 301 M\r\nLocation: http://[::bad/\r\nContent-Length: 0\r\n\r\n"
+    with FlakyServer(script=[net_sends(wire)]) as server:
+        with pytest.raises(rs.APIError) as caught:
+            list(net_chat(server))
+    assert caught.value.status == 301
+    assert caught.value.result.headers["location"] == "http://[::bad/"
+
+
+@pytest.fixture
+def netrc(tmp_path, monkeypatch):
+    path = tmp_path / ".netrc"
+    path.write_text("machine 127.0.0.1 login thief password secret\n")
+    path.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize("own_session", [True, False], ids=["ours", "callers"])
+def test_netrc_never_replaces_a_key_nor_adds_a_password(netrc, own_session):
+    session = None if own_session else requests.Session()
+    with FlakyServer("Hello") as server:
+        headers = {"Authorization": "Bearer " + NET_KEY}
+        requests.post(server.url + "/v1/chat/completions", headers=headers)
+        "".join(net_chat(server, session=session))
+        "".join(net_chat(server, session=session, api_key=None))
+        list(rs.stream_events(server.url + "/events", session=session, headers=headers))
+        control, with_key, without, events, *_ = (
+            request.headers.get("authorization") for request in server.requests
+        )
+    assert control.startswith("Basic ")  # so the file would work
+    assert (with_key, without) == ("Bearer " + NET_KEY, None)
+    assert events == "Bearer " + NET_KEY
+
+
+# -- proxies, authorities and the caller's session
+
+
+def test_the_proxy_of_the_environment_is_used_for_http(monkeypatch):
+    with FlakyServer("Hello") as server, ConnectProxy() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        assert "".join(net_chat(server)) == "Hello"
+        assert [r.method for r in proxy.requests] == ["POST"]
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert "".join(net_chat(server)) == "Hello"
+        assert len(proxy.requests) == 1
+        assert len(server.requests) == 2
+
+
+def test_the_proxy_of_the_environment_is_used_for_https_by_connect(
+    net_tls, monkeypatch
+):
+    context, authority = net_tls
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", authority)
+    with FlakyServer("Hello", tls=context) as server, ConnectProxy() as proxy:
+        monkeypatch.setenv("https_proxy", proxy.url)
+        for _ in range(3):
+            assert "".join(net_chat(server)) == "Hello"
+        assert [r.method for r in proxy.requests] == ["CONNECT"]
+        assert (server.connections, len(server.requests)) == (1, 3)
+        assert NET_KEY not in str([r.headers for r in proxy.requests])
+
+
+def test_an_unknown_certificate_authority_is_refused_at_once(net_tls):
+    context, _ = net_tls
+    with FlakyServer(tls=context) as server:
+        with pytest.raises(rs.StreamConnectionError) as caught:
+            list(net_chat(server, retry=rs.Retry(wait_initial=0)))
+        assert (server.connections, server.requests) == (1, [])
+    assert not caught.value.retryable
+    assert caught.value.phase == "connect"
+
+
+def test_a_session_brings_its_headers_authority_auth_params_and_hooks(
+    net_tls, monkeypatch
+):
+    context, authority = net_tls
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", os.devnull)
+    session = requests.Session()
+    session.headers["X-Team"] = "blue"
+    session.verify = authority
+    session.auth = ("user", "password")
+    session.params = {"team": "blue"}
+    seen = []
+    session.hooks["response"] = lambda response, **_: seen.append(response.status_code)
+    before = dict(session.adapters)
+    with FlakyServer("Hello", tls=context) as server:
+        for _ in range(3):
+            assert "".join(net_chat(server, session=session)) == "Hello"
+        request = server.requests[-1]
+        assert request.headers["x-team"] == "blue"
+        assert request.headers["authorization"].startswith("Basic ")
+        assert request.query == {"team": "blue"}
+        assert server.connections == 1
+    assert seen == [200] * 3
+    assert dict(session.adapters) == before
+    assert session.hooks["response"] is not None
+    assert session.headers["X-Team"] == "blue"
+
+
+def test_a_session_brings_its_proxies_over_those_of_the_environment(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    session = requests.Session()
+    with FlakyServer("Hello") as server, ConnectProxy() as proxy:
+        session.proxies = {"http": proxy.url}
+        assert "".join(net_chat(server, session=session)) == "Hello"
+        assert len(proxy.requests) == 1
+
+
+def test_a_session_that_does_not_trust_the_environment_uses_no_proxy(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    session = requests.Session()
+    session.trust_env = False
+    with FlakyServer("Hello") as server:
+        assert "".join(net_chat(server, session=session)) == "Hello"
+
+
+def test_our_session_keeps_no_cookies_and_a_callers_keeps_its_own():
+    body = net_body("Hello")
+    head = NET_HEAD + b"Connection: close\r\nSet-Cookie: who=me; Path=/\r\n\r\n"
+    wire = head + body
+    session = requests.Session()
+    with FlakyServer(script=[net_sends(wire)] * 4) as server:
+        for each in (None, None, session, session):
+            assert "".join(net_chat(server, session=each)) == "Hello"
+        cookies = [request.headers.get("cookie") for request in server.requests]
+    assert cookies == [None, None, None, "who=me"]
+
+
+def test_a_connection_class_that_is_not_ours_is_watched_all_the_same(monkeypatch):
+    class Recorders(HTTPConnectionPool.ConnectionCls):
+        pass  # as recorders, and the pools of SOCKS proxies, have their own
+
+    monkeypatch.setattr(HTTPConnectionPool, "ConnectionCls", Recorders)
+    with FlakyServer(script=["stall-event:3", "stall-event:3"]) as server:
+        with pytest.raises(rs.StreamTimeoutError) as caught:
+            list(net_chat(server, timeouts=net_limits(read=0.1)))
+        assert caught.value.kind == "read"
+        stream = net_chat(server)
+        next(stream)
+        net_later(0.1, stream.close)
+        started = time.monotonic()
+        with pytest.raises(rs.StreamAbortedError):
+            list(stream)
+        assert time.monotonic() - started < NET_SOON
+
+
+NET_BAD_PROXIES = {
+    "garbage": b"\x05\x00 what?\r\n\r\n",
+    "nothing": b"",
+    "refusal": b"HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n",
+    "password": b"HTTP/1.1 407 Who?\r\nProxy-Authenticate: Basic\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("reply", NET_BAD_PROXIES.values(), ids=NET_BAD_PROXIES)
+def test_a_bad_answer_of_a_connect_proxy_is_an_error_while_connecting(
+    reply, monkeypatch
+):
+    def talk(sock):
+        sock.recv(65536)
+        sock.sendall(reply)
+        sock.shutdown(socket.SHUT_RDWR)
+
+    with net_listener(talk) as proxy:
+        monkeypatch.setenv("https_proxy", "http://me:proxy-password@" + proxy)
+        with pytest.raises(rs.StreamConnectionError) as caught:
+            list(net_chat(None, base_url="https://llm.invalid/v1"))
+    error = caught.value
+    assert error.phase == "connect"
+    shown = traceback.format_exception(type(error), error, error.__traceback__)
+    assert "proxy-password" not in "".join(shown) + repr(vars(error.__cause__))
+
+
+# -- connections return to the pool, or are closed
+
+
+@pytest.mark.parametrize("own_session", [True, False], ids=["ours", "callers"])
+@pytest.mark.parametrize("framing", ["chunked", "one-chunk", "length", "gzip"])
+def test_three_streams_share_a_connection(framing, own_session, net_security):
+    session = None if own_session else requests.Session()
+    with FlakyServer(framing=framing, **net_security) as server:
+        for _ in range(3):
+            assert "".join(net_chat(server, session=session)) == STORY
+        assert (server.connections, len(server.requests)) == (1, 3)
+
+
+NET_LATE_ENDS = {
+    "the last chunk": [b"0\r\n\r\n"],
+    "the blank line": [b"0\r\n", b"\r\n"],
+    "half of it": [b"0\r\n\r", b"\n"],
+    "a trailer": [b"0\r\nX: 1\r\n", b"Y: 2\r\n", b"\r\n"],
+}
+
+
+@pytest.mark.parametrize("ends", NET_LATE_ENDS.values(), ids=NET_LATE_ENDS)
+def test_a_connection_is_used_again_if_the_end_of_its_body_comes_a_little_late(ends):
+    def respond(connection):
+        connection.send(NET_CHUNKED + net_chunk(net_body("Hello")))
+        for end in ends:
+            connection.wait(0.02)
+            connection.send(end)
+
+    with FlakyServer(script=[net_always(respond)] * 3) as server:
+        for _ in range(3):
+            assert "".join(net_chat(server)) == "Hello"
+        assert server.connections == 1
+
+
+@pytest.mark.parametrize("framing", ["chunked", "length"])
+def test_a_second_response_behind_the_first_is_not_taken_for_the_next(framing):
+    def poison(connection, request):
+        body = net_body("Hello")
+        framed = NetFraming(framing, len(body))
+        wire = framed.head + framed.part(body) + framed.end()
+        fake = net_body("Poison")
+        fake = NET_HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(fake), fake)
+        connection.send(wire + fake)
+        connection.wait(0.02)
+        connection.send(fake)
+        sent.set()
+        read_request(connection)
+        connection.send(wire)
+
+    sent = threading.Event()
+    with FlakyServer("Hello", [poison]) as server:
+        assert "".join(net_chat(server)) == "Hello"
+        assert sent.wait(NET_SOON)
+        time.sleep(0.02)
+        assert "".join(net_chat(server)) == "Hello"
+        assert "".join(net_chat(server)) == "Hello"
+
+
+def leave_by_break(server):
+    for _ in net_chat(server):
+        break
+
+
+def leave_by_break_of_deltas(server):
+    for _ in net_chat(server).deltas():
+        break
+
+
+def leave_by_break_of_events(server):
+    for _ in rs.stream_events(server.url + "/events"):
+        break
+
+
+def leave_by_exception(server):
+    with pytest.raises(ZeroDivisionError):
+        for _ in net_chat(server):
+            raise ZeroDivisionError
+
+
+def leave_a_with_block(server):
+    with net_chat(server) as stream:
+        next(stream)
+
+
+def leave_by_close(server):
+    stream = net_chat(server)
+    next(stream)
+    stream.close()
+
+
+def leave_by_del(server):
+    stream = net_chat(server)
+    next(stream)
+    del stream
+
+
+def leave_a_cycle(server):
+    holder = {"stream": net_chat(server)}
+    holder["self"] = holder
+    next(holder["stream"])
+    del holder
+    gc.collect()
+
+
+def leave_by_an_observers_exception(server):
+    def refuse(record):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        list(net_chat(server, observe=rs.Observer(on_token=refuse)))
+
+
+NET_LEAVERS = [
+    leave_by_break,
+    leave_by_break_of_deltas,
+    leave_by_break_of_events,
+    leave_by_exception,
+    leave_a_with_block,
+    leave_by_close,
+    leave_by_del,
+    leave_a_cycle,
+    leave_by_an_observers_exception,
+]
+
+
+@pytest.mark.parametrize("leave", NET_LEAVERS, ids=lambda leave: leave.__name__)
+def test_a_connection_is_closed_however_its_stream_is_left(leave, net_security):
+    with FlakyServer(script=["stall:1500"], **net_security) as server:
+        leave(server)
+        assert len(server.requests) == 1
+        assert net_eventually(lambda: server.open_connections == 0)
+
+
+def test_a_stream_that_is_never_started_sends_nothing():
+    with FlakyServer() as server:
+        stream = net_chat(server)
+        iter(stream)
+        del stream
+        net_chat(server).close()
+        with net_chat(server):
+            pass
+        gc.collect()
+        assert server.connections == 0
+
+
+def test_a_named_stream_left_by_break_goes_on_where_it_was():
+    with FlakyServer() as server:
+        stream = net_chat(server)
+        tokens = []
+        for token in stream:
+            tokens.append(token)
+            if len(tokens) == 5:
+                break
+        assert stream.text == "".join(tokens)
+        assert server.open_connections == 1
+        tokens.extend(stream)
+        assert "".join(tokens) == STORY == stream.text
+
+
+@pytest.mark.parametrize("script", ["stall-event:4", "stall:0", "headers-stall"])
+def test_ctrl_c_answers_at_once_keeps_the_text_and_closes(script, net_security):
+    with FlakyServer(script=[script], **net_security) as server:
+        stream = net_chat(server)
+        timer = net_later(0.15, lambda: net_signal_me(signal.SIGINT))
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt) as caught:
+            list(stream)
+        assert time.monotonic() - started < NET_SOON
+        assert net_eventually(lambda: server.open_connections == 0)
+        timer.join()
+    assert caught.value.__traceback__ is not None  # kept, as notebooks do
+    assert bool(stream.text) == (script == "stall-event:4")
+
+
+def test_ctrl_c_ends_the_wait_before_a_retry():
+    retry = rs.Retry(attempts=2, wait_initial=0)
+    with FlakyServer(script=["status:503:retry-after=30"]) as server:
+        net_later(0.2, lambda: net_signal_me(signal.SIGINT))
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            list(net_chat(server, retry=retry))
+        assert time.monotonic() - started < NET_SOON
+        assert len(server.requests) == 1
+
+
+@net_needs_proc
+def test_no_way_to_leave_a_stream_leaks_a_file():
+    def count():
+        return len(os.listdir("/proc/self/fd"))
+
+    def leave_all(server):
+        for leave in NET_LEAVERS:
+            leave(server)
+        for _ in range(4):
+            with contextlib.suppress(rs.StreamingError):
+                list(net_chat(server))
+
+    good, bad = ["stall:1500"] * len(NET_LEAVERS), ["ok", "drop", "no-http", "quota"]
+    with FlakyServer(script=[*good, *bad] * 4) as server:
+        leave_all(server)
+        net_eventually(lambda: server.open_connections <= 1)
+        before = count()
+        for _ in range(3):
+            leave_all(server)
+        assert net_eventually(lambda: count() <= before + 1)
+
+
+# ---------------------------------------------------------------------------
+# 11. Chat streams: stream_chat, complete_chat, ChatStream
+# ---------------------------------------------------------------------------
+# Where the network does not matter, the answers are the flaky server's, but without a
+# socket: StreamsWire stands in for the transport, and cuts where it is told.
+
+STREAMS_TEXT = 'Né "à"\n\n🐸 \\n .\tZ'
+STREAMS_STORY = (
+    "Once, a frog 🐸 asked:\n\n“Who sings at the café?” Nobody knew; so it sang, "
+    "all night long, and at dawn it was hoarse.\n\nThe end."
+)
+STREAMS_AT_ONCE = rs.Retry(wait_initial=0)
+STREAMS_PATIENT = rs.Retry(attempts=1000, wait_initial=0)
+STREAMS_SOON = rs.Timeouts(connect=5, first_token=5, read=5, idle=5, total=20)
+
+
+class StreamsExchange:
+    """In place of a request on the network."""
+
+    def __init__(self, wire: StreamsWire, request: Any, guard: Any) -> None:
+        self.wire, self.request, self.guard = wire, request, guard
+        self.bytes, self.status, self.headers = 0, 200, wire.headers
+        self.pieces: list[bytes] = []
+        self.error: rs.StreamingError | None = None
+
+    def open(self) -> None:
+        """Ask the wire; fail where it says so."""
+        self._look()
+        self.pieces, self.error = self.wire.answer(self)
+
+    def check_status(self) -> None:
+        if self.status != 200:
+            body = b"".join(self.pieces).decode("utf-8")
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            error = rs.http_error(self.status, headers, body, 0)
+            error.phase = "request"
+            raise error
+
+    def read(self, now: float) -> bytes:
+        self._look()
+        piece = self.pieces.pop(0) if self.pieces else b""
+        self.bytes += len(piece)
+        if not piece and self.error is not None:
+            raise self.error
+        return piece
+
+    def _look(self) -> None:
+        if self.guard.verdict:
+            raise rs.StreamAbortedError("the stream was closed by another thread")
+
+    def drain(self) -> None:
+        self.wire.drained += 1
+
+    def close(self) -> None:
+        self.wire.closed += 1
+
+
+class StreamsWire:
+    """The flaky server's answers without sockets; each request takes the next cut.
+
+    A cut is None, ``("drop", n)`` or ``("end", n)`` (after n bytes of the body),
+    ``("status", code, headers, body)``, ``("raw", pieces)`` or an error to raise.
+    """
+
+    def __init__(self, text: str, cuts: Iterable[Any] = (), **options: Any) -> None:
+        self.options = flaky_server.Options(text, **options)
+        self.cuts = list(cuts)
+        self.requests: list[Any] = []
+        self.drained = self.closed = 0
+        self.headers = {"Content-Type": "text/event-stream", "X-Request-Id": "req-7"}
+        self._memory: dict[str, Any] = {}
+        self._known: dict[Any, tuple[int, bytes]] = {}
+        #: Rewrites what the server sees of a body.
+        self.rewrite: Callable[[Any], Any] = lambda body: body
+
+    def open(self, request: Any, deadlines: Any, guard: Any) -> StreamsExchange:
+        return StreamsExchange(self, request, guard)
+
+    def answer(
+        self, exchange: StreamsExchange
+    ) -> tuple[list[bytes], rs.StreamingError | None]:
+        self.requests.append(exchange.request)
+        cut = self.cuts.pop(0) if self.cuts else None
+        if isinstance(cut, BaseException):
+            raise cut
+        if cut and cut[0] == "raw":
+            return list(cut[1]), None
+        if cut and cut[0] == "status":
+            exchange.status = cut[1]
+            exchange.headers = {**self.headers, **cut[2]}
+            return [cut[3].encode("utf-8")], None
+        exchange.status, body = self.reply(exchange.request)
+        if not cut or exchange.status != 200:
+            return [body], None
+        dropped = rs.StreamConnectionError("dropped", phase="stream", retryable=True)
+        return [body[: cut[1]]], dropped if cut[0] == "drop" else None
+
+    def reply(self, request: Any) -> tuple[int, bytes]:
+        """What the flaky server answers: the status, and the whole body."""
+        key = request.method, request.url, request.data
+        if "/responses" in request.url or key not in self._known:
+            self._known[key] = self._reply(request)
+        return self._known[key]
+
+    def _reply(self, request: Any) -> tuple[int, bytes]:
+        parts = urlsplit(request.url)
+        target = parts.path + ("?" + parts.query if parts.query else "")
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        data = request.data
+        if data is not None:
+            data = json.dumps(self.rewrite(json.loads(data.decode()))).encode()
+        asked = flaky_server.Request(
+            request.method, target, "HTTP/1.1", headers, data or b""
+        )
+        asked.number = len(self.requests)
+        answer = flaky_server.reply(asked, self.options, self._memory)
+        steps = [s for s in answer.steps if isinstance(s, flaky_server.Event)]
+        return answer.status, b"".join(step.data for step in steps)
+
+    @property
+    def bodies(self) -> list[Any]:
+        """The JSON bodies of the requests."""
+        return [json.loads(r.data.decode()) if r.data else None for r in self.requests]
+
+    @property
+    def actions(self) -> list[str]:
+        return [request.action for request in self.requests]
+
+
+@contextmanager
+def streams_wire(text: str, cuts: Iterable[Any] = (), **options: Any) -> Iterator[Any]:
+    """Let streams that are made meanwhile talk to a wire."""
+    wire, before = StreamsWire(text, cuts, **options), rs._opener
+    rs._opener = lambda session: wire.open
+    try:
+        yield wire
+    finally:
+        rs._opener = before
+
+
+def streams_events(*texts: str, ends: bool = True) -> bytes:
+    """A body in the form of Chat Completions."""
+    chunks = [{"choices": [{"index": 0, "delta": {"content": t}}]} for t in texts]
+    lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+    if ends:
+        lines.append(
+            'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
+        )
+        lines.append("data: [DONE]\n\n")
+    return "".join(lines).encode()
+
+
+def streams_ask(
+    dialect: str = "openai", model: str | None = "m", **arguments: Any
+) -> rs.ChatStream:
+    """A stream with no waits to speak of, to a server without a key."""
+    arguments.setdefault("base_url", "http://host" + streams_suffix(dialect))
+    arguments.setdefault("retry", STREAMS_AT_ONCE)
+    return rs.stream_chat("Tell", model, dialect=dialect, **arguments)
+
+
+def streams_suffix(dialect: str) -> str:
+    bare = ("anthropic", "gemini", "cohere", "ollama", "ollama-generate", "tgi")
+    return "" if dialect in bare else "/v1"
+
+
+def streams_outcome(stream: Iterable[str]) -> tuple[str, rs.StreamingError | None]:
+    """What a loop prints, and the error that ends it."""
+    printed = []
+    try:
+        for piece in stream:
+            printed.append(piece)
+    except rs.StreamingError as error:
+        return "".join(printed), error
+    return "".join(printed), None
+
+
+def streams_after(text: str, count: int) -> int:
+    """The bytes of a Chat Completions body up to its first ``count`` deltas."""
+    asked = {"model": "m", "stream": True, "stream_options": {"include_usage": True}}
+    body = transcript("/v1/chat/completions", text, asked)
+    marks = [m.end() for m in re.finditer(rb"\n\n", body)]
+    return marks[count]
+
+
+@pytest.fixture()
+def streams_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits of the streams, which take no time; the random number is 1."""
+    waits: list[float] = []
+    monkeypatch.setattr(rs, "_pause", lambda closing, wait: waits.append(wait))
+    monkeypatch.setattr(rs.random, "random", lambda: 1.0)
+    return waits
+
+
+@pytest.fixture(autouse=True)
+def streams_quiet(caplog: pytest.LogCaptureFixture) -> None:
+    """Thousands of drops are thousands of warnings; nobody reads them here."""
+    caplog.set_level("ERROR", logger=rs.__name__)
+
+
+# -- completion is a contract
+
+STREAMS_ENDS = [
+    ("no-done", None),
+    ("no-finish", None),
+    ("finish-then-stall", None),
+    ("finish-then-reset", None),
+    ("done-then-open", None),
+    ("no-done+no-finish", "IncompleteStreamError"),
+    ("finish-then-error", "APIError"),
+    ("error-event:3", "APIError"),
+    ("error-event-done:3", "APIError"),
+    ("named-error:3", "APIError"),
+    ("drop-event:3", "StreamConnectionError"),
+    ("reset-event:3", "StreamConnectionError"),
+    ("end-event:3", "IncompleteStreamError"),
+    ("bad-chunk:3", "StreamConnectionError"),
+]
+
+
+@pytest.mark.parametrize(("fault", "expected"), STREAMS_ENDS, ids=str)
+def test_a_stream_completes_only_by_its_end_marker_or_a_finish_reason(
+    fault: str, expected: str | None
+) -> None:
+    timeouts = rs.Timeouts(connect=5, first_token=5, read=0.3, idle=5, total=20)
+    with FlakyServer(STREAMS_STORY, [fault]) as server:
+        begun = time.monotonic()
+        stream = streams_ask(base_url=server.url + "/v1", retry=None, timeouts=timeouts)
+        printed, error = streams_outcome(stream)
+        assert type(error).__name__ == (expected or "NoneType")
+        assert stream.text == printed
+        assert time.monotonic() - begun < 5
+    if error is None or fault == "finish-then-error":
+        assert printed == STREAMS_STORY
+    else:
+        assert STREAMS_STORY.startswith(printed)
+        assert error.text == printed
+
+
+STREAMS_FINISH = 'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
+STREAMS_ERROR = 'data: {"error":{"message":"broken","type":"server_error"}}\n\n'
+STREAMS_DONE = "data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 10**6])
+@pytest.mark.parametrize(
+    ("tail", "expected"),
+    [
+        (STREAMS_FINISH, None),
+        (STREAMS_DONE, None),
+        (STREAMS_FINISH + STREAMS_DONE, None),
+        (STREAMS_FINISH + STREAMS_DONE + STREAMS_ERROR, None),
+        (STREAMS_FINISH + "data: {", None),
+        ("", "IncompleteStreamError"),
+        (": ping\n\n", "IncompleteStreamError"),
+        ("data: [DONE]", "IncompleteStreamError"),
+        ("data: [DONE]\n", "IncompleteStreamError"),
+        (STREAMS_ERROR, "APIError"),
+        (STREAMS_ERROR + STREAMS_DONE, "APIError"),
+        (STREAMS_ERROR + STREAMS_FINISH + STREAMS_DONE, "APIError"),
+        (STREAMS_FINISH + STREAMS_ERROR, "APIError"),
+        (STREAMS_FINISH + STREAMS_ERROR + STREAMS_DONE, "APIError"),
+        (STREAMS_FINISH + "event: error\n" + STREAMS_ERROR, "APIError"),
+    ],
+)
+def test_only_a_good_end_is_an_end(
+    tail: str, expected: str | None, pieces: int
+) -> None:
+    body = streams_events("Hello", ends=False) + tail.encode()
+    parts = [body[i : i + pieces] for i in range(0, len(body), pieces)]
+    stream = rs.ChatStream.replay(parts)
+    printed, error = streams_outcome(stream)
+    assert (printed, type(error).__name__) == ("Hello", expected or "NoneType")
+    if error is not None and STREAMS_FINISH in tail and STREAMS_ERROR not in tail[:9]:
+        assert error.phase in ("end", "stream")
+
+
+def test_text_behind_the_finish_reason_is_delivered_and_behind_the_end_marker_not() -> (
+    None
+):
+    late, never = streams_events(" late", ends=False), streams_events(" never")
+    body = streams_events("Hello", ends=False) + STREAMS_FINISH.encode()
+    raw = body + late + STREAMS_DONE.encode() + never
+    assert "".join(rs.ChatStream.replay(raw)) == "Hello late"
+
+
+def test_a_choice_that_has_not_finished_is_not_complete() -> None:
+    chunks = [
+        {"choices": [{"index": 0, "delta": {"content": "a"}}]},
+        {"choices": [{"index": 1, "delta": {"content": "b"}}]},
+        {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
+    ]
+    raw = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks).encode()
+    _, error = streams_outcome(rs.ChatStream.replay(raw))
+    assert isinstance(error, rs.IncompleteStreamError)
+    with streams_wire("", [("raw", [streams_events("a")[:-14]])]):
+        stream = streams_ask(n=2, retry=None)
+        _, error = streams_outcome(stream)
+    assert isinstance(error, rs.IncompleteStreamError)
+
+
+def streams_gemini(*texts: str, finish: str | None = "STOP") -> bytes:
+    """Gemini as its older models are: a finish reason on every chunk."""
+    chunks = [{"candidates": [{"content": {"parts": [{"text": t}]}}]} for t in texts]
+    for chunk in chunks:
+        chunk["candidates"][0]["finishReason"] = finish
+    return "".join(f"data: {json.dumps(c)}\r\n\r\n" for c in chunks).encode()
+
+
+def test_gemini_needs_a_clean_end_as_its_finish_reason_may_stand_on_every_chunk() -> (
+    None
+):
+    raw = streams_gemini("Once ", "upon ", "a time")
+    assert "".join(rs.ChatStream.replay(raw, "gemini")) == "Once upon a time"
+    cut = len(streams_gemini("Once ", "upon "))
+    half = StreamsWire("")
+    half.reply = lambda request: (200, raw)  # type: ignore[method-assign]
+    half.cuts = [("drop", cut)]
+    with streams_wire(""):
+        rs._opener = lambda session: half.open
+        printed, error = streams_outcome(streams_ask("gemini"))
+        assert printed == "Once upon "
+        assert isinstance(error, rs.StreamConnectionError)
+        assert "resume=" in str(error)
+        assert error.phase == "stream"
+        half.cuts = [("drop", cut), None]
+        again = streams_ask("gemini").complete()
+        assert again.text == "Once upon a time"
+        assert [r.action for r in again.history] == ["start", "restart"]
+
+
+def test_gemini_is_resumed_by_replay_behind_a_finish_reason_that_was_not_the_last() -> (
+    None
+):
+    raw = streams_gemini("Once ", "upon ", "a time")
+    for cut in range(len(raw)):
+        wire = StreamsWire("", [("drop", cut)])
+        wire.reply = lambda request: (200, raw)  # type: ignore[method-assign]
+        with streams_wire(""):
+            rs._opener = lambda session, wire=wire: wire.open
+            stream = streams_ask("gemini", generationConfig={"seed": 1})
+            assert "".join(stream) == stream.text == "Once upon a time"
+            assert len(wire.requests) == 2
+
+
+def test_the_connection_is_drained_only_behind_the_end_marker() -> None:
+    with streams_wire("abc") as wire:
+        list(streams_ask())
+        assert (wire.drained, wire.closed) == (1, 1)
+    with streams_wire("abc", [("raw", [streams_events("a")[:-14]])]) as wire:
+        list(streams_ask())
+        assert (wire.drained, wire.closed) == (0, 1)
+
+
+# -- retry
+
+STREAMS_RETRIED = [408, 409, 425, 429, 500, 502, 503, 504, 529, *range(520, 525)]
+STREAMS_FINAL = [400, 401, 402, 403, 404, 405, 410, 413, 422, 451, 501]
+
+
+@pytest.mark.parametrize("status", STREAMS_RETRIED + STREAMS_FINAL)
+def test_a_status_is_retried_if_it_passes_with_time(
+    status: int, streams_waits: list[float]
+) -> None:
+    with FlakyServer("abc", [f"status:{status}"]) as server:
+        stream = streams_ask(base_url=server.url + "/v1", timeouts=STREAMS_SOON)
+        printed, error = streams_outcome(stream)
+    if status in STREAMS_RETRIED:
+        assert (printed, error, len(server.requests)) == ("abc", None, 2)
+        assert [r.error for r in stream.result.history] == ["APIError", ""]
+    else:
+        assert isinstance(error, rs.APIError)
+        assert (error.status, error.retryable, error.text) == (status, False, "")
+        assert len(server.requests) == 1
+        assert not streams_waits
+
+
+QUOTA = '{"error":{"code":"insufficient_quota","message":"pay"}}'
+STREAMS_VERDICTS = [
+    (400, "true", "{}", True),
+    (404, "true", "{}", True),
+    (400, "false", "{}", False),
+    (429, "false", "{}", False),
+    (503, "false", "{}", False),
+    (503, "perhaps", "{}", True),
+    (401, "true", "{}", False),
+    (402, "true", "{}", False),
+    (403, "true", "{}", False),
+    (429, "", QUOTA, False),
+    (429, "true", QUOTA, False),
+    (429, "", QUOTA.replace("code", "type"), False),
+    (429, "", '{"error":{"code":"billing_hard_limit_reached"}}', False),
+    (429, "", '{"error":{"details":[{"quotaId":"RequestsPerDay"}]}}', False),
+    (429, "", "<html>busy</html>", True),
+    (500, "", "", True),
+]
+
+
+@pytest.mark.parametrize(("status", "verdict", "body", "retried"), STREAMS_VERDICTS)
+def test_the_server_may_overrule_the_table_but_not_for_quota_and_auth(
+    status: int, verdict: str, body: str, retried: bool
+) -> None:
+    cut = ("status", status, {"x-should-retry": verdict}, body)
+    with streams_wire("abc", [cut]) as wire:
+        _, error = streams_outcome(streams_ask())
+        assert (error is None) == retried
+        assert len(wire.requests) == 1 + retried
+
+
+STREAMS_HINTS = [
+    ({}, 1.0),
+    ({"Retry-After": "2"}, 2.0),
+    ({"Retry-After": "0.25"}, 0.25),
+    ({"retry-after-ms": "1500"}, 1.5),
+    ({"retry-after-ms": "1500", "Retry-After": "9"}, 1.5),
+    ({"retry-after-ms": "0", "Retry-After": "3"}, 3.0),
+    ({"Retry-After": "0"}, 1.0),
+    ({"Retry-After": "-5"}, 1.0),
+    ({"Retry-After": "soon"}, 1.0),
+    ({"Retry-After": "nan"}, 1.0),
+    ({"Retry-After": "inf"}, 1.0),
+    ({"Retry-After": "Thu, 01 Jan 1970 00:00:12 GMT"}, 12.0),
+    ({"Retry-After": "Thu, 01 Jan 1969 00:00:12 GMT"}, 1.0),
+    ({"llm_provider-retry-after": "4"}, 4.0),
+    ({"Retry-After": "60"}, 60.0),
+]
+
+
+@pytest.mark.parametrize(("headers", "wait"), STREAMS_HINTS, ids=str)
+def test_the_servers_hint_is_obeyed_and_zero_is_no_hint(
+    headers: dict[str, str], wait: float, streams_waits: list[float]
+) -> None:
+    with streams_wire("abc", [("status", 429, headers, "{}")]):
+        stream = streams_ask(retry=rs.Retry())
+        assert "".join(stream) == "abc"
+    assert streams_waits == [wait]
+    assert stream.result.history[0].wait == wait
+    assert stream.result.history[1].wait is None
+
+
+def test_a_date_in_retry_after_is_measured_by_the_clock(
+    streams_waits: list[float],
+) -> None:
+    date = email.utils.formatdate(time.time() + 30, usegmt=True)
+
+    def late(connection: Any, request: Any) -> None:
+        connection.send(
+            b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nConnection: close\r\n"
+            b"Retry-After: " + date.encode() + b"\r\n\r\n"
+        )
+
+    with FlakyServer("abc", [late]) as server:
+        assert "".join(streams_ask(base_url=server.url + "/v1")) == "abc"
+    assert 20 < streams_waits[0] <= 31
+
+
+def test_googles_hint_is_in_the_body(streams_waits: list[float]) -> None:
+    error = {"code": 429, "message": "x", "details": [{"retryDelay": "7s"}]}
+    body = json.dumps({"error": error})
+    with streams_wire("abc", [("status", 429, {}, body)]):
+        assert "".join(streams_ask("gemini")) == "abc"
+    assert streams_waits == [7.0]
+
+
+@pytest.mark.parametrize(
+    ("retry", "total"),
+    [(rs.Retry(retry_after_max=119), None), (rs.Retry(retry_after_max=999), 100)],
+    ids=["beyond retry_after_max", "beyond total"],
+)
+def test_a_wait_that_does_not_fit_is_raised_at_once_and_says_how_long(
+    retry: rs.Retry, total: float | None, streams_waits: list[float]
+) -> None:
+    cut = ("status", 429, {"Retry-After": "120"}, "{}")
+    with streams_wire("abc", [cut]) as wire:
+        stream = streams_ask(retry=retry, timeouts=rs.Timeouts(total=total))
+        _, error = streams_outcome(stream)
+    assert isinstance(error, rs.APIError)
+    assert error.retry_after == 120
+    assert "120 s" in str(error)
+    assert error.retryable
+    assert not streams_waits
+    assert len(wire.requests) == len(error.history) == 1
+
+
+def test_a_drawn_wait_beyond_total_is_not_slept_either(
+    streams_waits: list[float],
+) -> None:
+    with streams_wire("abc", [("status", 503, {}, "{}")]):
+        stream = streams_ask(
+            retry=rs.Retry(wait_initial=50, wait_max=50), timeouts=rs.Timeouts(total=9)
+        )
+        _, error = streams_outcome(stream)
+    assert isinstance(error, rs.APIError)
+    assert "total" in str(error)
+    assert not streams_waits
+
+
+@pytest.mark.parametrize(
+    ("retry", "draw", "waits"),
+    [
+        (rs.Retry(), 1.0, [1, 2, 4, 8, 16]),
+        (rs.Retry(), 0.5, [0.5, 1, 2, 4, 8]),
+        (rs.Retry(), 0.0, [0, 0, 0, 0, 0]),
+        (rs.Retry(attempts=9), 1.0, [1, 2, 4, 8, 16, 30, 30, 30]),
+        (rs.Retry(attempts=4, wait_initial=3, wait_max=5), 1.0, [3, 5, 5]),
+        (rs.Retry(attempts=1), 1.0, []),
+        (None, 1.0, []),
+    ],
+)
+def test_the_wait_is_drawn_between_nothing_and_a_bound_that_doubles(
+    retry: rs.Retry | None,
+    draw: float,
+    waits: list[float],
+    streams_waits: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rs.random, "random", lambda: draw)
+    with streams_wire("", [("status", 503, {}, "{}")] * 20) as wire:
+        _, error = streams_outcome(streams_ask(retry=retry))
+    assert isinstance(error, rs.APIError)
+    assert streams_waits == waits
+    assert len(wire.requests) == len(waits) + 1
+    assert [r.wait for r in error.history] == [*waits, None]
+    assert [r.attempt for r in error.history] == list(range(1, len(waits) + 2))
+
+
+def test_a_request_that_brought_text_makes_the_waits_short_again(
+    streams_waits: list[float],
+) -> None:
+    bad, cut = ("status", 503, {}, "{}"), ("drop", streams_after("abcdefgh", 1))
+    with streams_wire("abcdefgh", [bad, bad, cut, bad]):
+        assert "".join(streams_ask("vllm", retry=rs.Retry())) == "abcdefgh"
+    assert streams_waits == [1, 2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        ("refuse", "StreamConnectionError"),
+        ("no-http", "StreamConnectionError"),
+        ("header-cut", "StreamConnectionError"),
+        ("drop:0", "StreamConnectionError"),
+        ("reset:0", "StreamConnectionError"),
+        ("end:0", "MalformedStreamError"),
+        ("empty", "MalformedStreamError"),
+        ("end-event:1", "IncompleteStreamError"),
+        ("drop-event:1", "StreamConnectionError"),
+        ("error-event:0", "APIError"),
+        ("error-event:1", "APIError"),
+        ("error-event-done:1", "APIError"),
+        ("named-error:1", "APIError"),
+        ("stray-error:0", "APIError"),
+        ("stray-error:1", "APIError"),
+        ("bare-error:1", "APIError"),
+        ("json-error", "APIError"),
+        ("malformed:1", "MalformedStreamError"),
+        ("html:502", "APIError"),
+    ],
+)
+def test_a_failure_before_the_first_delta_is_retried(
+    fault: str, kind: str, streams_waits: list[float]
+) -> None:
+    with FlakyServer("abc", [fault, fault]) as server:
+        stream = streams_ask(base_url=server.url + "/v1", timeouts=STREAMS_SOON)
+        assert "".join(stream) == "abc"
+        assert len(server.requests) == 3
+    records = stream.result.history
+    assert [r.error for r in records] == [kind, kind, ""]
+    assert [r.action for r in records] == ["start", "retry", "retry"]
+    assert all(r.message for r in records[:2])
+
+
+@pytest.mark.parametrize("fault", ["html:200", "redirect:http://127.0.0.1:9/v1"])
+def test_html_and_redirects_are_not_retried(
+    fault: str, streams_waits: list[float]
+) -> None:
+    with FlakyServer("abc", [fault]) as server:
+        _, error = streams_outcome(streams_ask(base_url=server.url + "/v1"))
+        assert len(server.requests) == 1
+    assert isinstance(error, (rs.APIError, rs.MalformedStreamError))
+    assert not error.retryable
+
+
+def test_a_refused_connection_is_retried_and_then_raised(
+    streams_waits: list[float],
+) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    stream = streams_ask(
+        base_url=f"http://127.0.0.1:{port}/v1", retry=rs.Retry(attempts=3)
+    )
+    _, error = streams_outcome(stream)
+    assert isinstance(error, rs.StreamConnectionError)
+    assert (error.phase, error.retryable, error.text) == ("connect", True, "")
+    assert [r.error for r in error.history] == ["StreamConnectionError"] * 3
+    assert streams_waits == [1, 2]
+    assert error.__cause__ is not None
+
+
+def test_when_attempts_run_out_the_last_error_is_raised_with_the_whole_history() -> (
+    None
+):
+    cuts = [
+        ("status", 503, {}, "{}"),
+        ("raw", [b""]),
+        ("raw", [b'data: {"error":{"message":"last","type":"server_error"}}\n\n']),
+    ]
+    with streams_wire("abc", cuts):
+        stream = streams_ask(retry=rs.Retry(attempts=3, wait_initial=0))
+        _, error = streams_outcome(stream)
+    assert isinstance(error, rs.APIError)
+    assert "last" in str(error)
+    assert "3 of 3" in str(error)
+    kinds = ["APIError", "MalformedStreamError", "APIError"]
+    assert [record.error for record in error.history] == kinds
+    assert error.history == stream.result.history
+
+
+def test_close_from_another_thread_ends_the_wait() -> None:
+    stream: Any = None
+
+    def close_soon(record: rs.StreamRecord) -> None:
+        threading.Timer(0.05, stream.close).start()
+
+    with FlakyServer("abc", ["status:429:retry-after=50"]) as server:
+        stream = streams_ask(
+            base_url=server.url + "/v1", observe=rs.Observer(on_retry=close_soon)
+        )
+        begun = time.monotonic()
+        _, error = streams_outcome(stream)
+        assert isinstance(error, rs.StreamAbortedError)
+        assert time.monotonic() - begun < 10
+        assert len(server.requests) == stream.stats.requests == 1
+        assert error.history[0].wait == 50
+
+
+def test_close_from_the_own_thread_ends_the_wait_without_another_request() -> None:
+    stream: Any = None
+    observer = rs.Observer(on_retry=lambda record: stream.close())
+    with streams_wire("abc", [("status", 429, {"Retry-After": "50"}, "{}")]) as wire:
+        stream = streams_ask(observe=observer)
+        begun = time.monotonic()
+        assert list(stream) == []
+        assert time.monotonic() - begun < 10
+        assert len(wire.requests) == stream.stats.requests == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are those of POSIX")
+def test_ctrl_c_ends_the_wait() -> None:
+    def interrupt(record: rs.StreamRecord) -> None:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    with streams_wire("abc", [("status", 429, {"Retry-After": "50"}, "{}")]) as wire:
+        stream = streams_ask(observe=rs.Observer(on_retry=interrupt))
+        begun = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+        assert time.monotonic() - begun < 10
+        assert wire.closed == 1
+
+
+def test_without_retry_there_is_one_request() -> None:
+    with streams_wire("abc", [("status", 503, {}, "{}")]) as wire:
+        _, error = streams_outcome(streams_ask(retry=None))
+    assert isinstance(error, rs.APIError)
+    assert len(wire.requests) == 1
+
+
+# -- resume: killed after any byte
+
+STREAMS_EXACT = [
+    # name, dialect, model, resume, parameters, size of the deltas, action
+    ("vllm", "vllm", "m", "auto", {}, 3, "continue"),
+    ("llamacpp", "llamacpp", "m", "auto", {}, 4, "continue"),
+    ("mistral", "mistral", "m", "auto", {}, 2, "continue"),
+    ("deepseek", "deepseek", "m", "auto", {}, 4, "continue"),
+    ("completions", "openai-completions", "m", "auto", {}, 3, "continue"),
+    ("anthropic", "anthropic", "claude-sonnet-4-5", "auto", {}, 1, "continue"),
+    ("ollama", "ollama", "m", "continue", {}, 1, "continue"),
+    ("generate", "ollama-generate", "m", "auto", {"raw": True}, 1, "continue"),
+    ("tgi", "tgi", None, "auto", {}, 2, "continue"),
+    ("openai continue", "openai", "m", "continue", {}, 4, "continue"),
+    ("openai replay", "openai", "m", "replay", {}, 3, "replay"),
+    ("openai seed", "openai", "m", "auto", {"seed": 0}, 5, "replay"),
+    ("openai ask", "openai", "m", "ask", {}, 4, "ask"),
+    ("openai callable", "openai", "m", "callable", {}, 5, "continue"),
+    ("responses", "openai-responses", "m", "auto", {"background": True}, 3, "reattach"),
+    ("responses mode", "openai-responses", "m", "reattach", {}, 9, "reattach"),
+    ("gemini", "gemini", "m", "replay", {}, 3, "replay"),
+    ("cohere", "cohere", "m", "replay", {}, 5, "replay"),
+]
+
+
+def streams_prefilled(body: dict[str, Any], text: str) -> dict[str, Any]:
+    """A resume function as a caller may write it."""
+    turn = {"role": "assistant", "content": text}
+    return {**body, "messages": [*body["messages"], turn]}
+
+
+def streams_asked_on(body: dict[str, Any]) -> dict[str, Any]:
+    """As a model understands the request to go on: it continues its last turn."""
+    messages = body.get("messages", [])
+    if len(messages) > 2 and messages[-2]["role"] == "assistant":
+        return {**body, "messages": messages[:-1]}
+    return body
+
+
+def streams_resumed(row: Any) -> Callable[..., rs.ChatStream]:
+    _, dialect, model, resume, params, _, _ = row
+    mode = streams_prefilled if resume == "callable" else resume
+    return lambda **more: streams_ask(dialect, model, resume=mode, **{**params, **more})
+
+
+@pytest.mark.parametrize("row", STREAMS_EXACT, ids=lambda row: row[0])
+def test_a_stream_killed_after_any_byte_gives_the_whole_text_once(row: Any) -> None:
+    make, action = streams_resumed(row), row[-1]
+    with streams_wire(STREAMS_TEXT, pieces=row[5]) as wire:
+        wire.rewrite = streams_asked_on if action == "ask" else wire.rewrite
+        whole = len(wire.reply(streams_request(make, wire))[1])
+        seen = set()
+        for cut in range(whole + 1):
+            wire.requests.clear()
+            wire.cuts = [("end" if cut % 3 == 1 else "drop", cut)]
+            stream, printed = make(), ""
+            for piece in stream:
+                printed += piece
+                assert STREAMS_TEXT.startswith(printed)
+                assert stream.text == printed
+            assert stream.text == STREAMS_TEXT, cut
+            assert len(wire.requests) <= 2
+            seen.update(wire.actions[1:])
+        assert seen == {"retry", action}
+
+
+def streams_request(make: Callable[..., rs.ChatStream], wire: Any) -> Any:
+    """The first request of a stream."""
+    list(make())
+    return wire.requests[0]
+
+
+@pytest.mark.parametrize("fault", ["drop", "reset", "end", "drop-chunk"])
+@pytest.mark.parametrize("row", STREAMS_EXACT, ids=lambda row: row[0])
+def test_a_stream_killed_on_a_real_socket_gives_the_whole_text_once(
+    row: Any, fault: str
+) -> None:
+    if row[-1] == "ask":
+        pytest.skip("the server knows no user turn that asks to go on")
+    make, suffix = streams_resumed(row), streams_suffix(row[1])
+    cuts = list(range(90 + 7 * len(fault), 1300, 420))
+    script = [entry for cut in cuts for entry in (f"{fault}:{cut}", "ok")]
+    with FlakyServer(STREAMS_STORY, script, pieces=7) as server:
+        for number in range(1, len(cuts) + 1):
+            stream, printed = make(base_url=server.url + suffix), ""
+            for piece in stream:
+                printed += piece
+                assert STREAMS_STORY.startswith(printed)
+            assert printed == stream.text == STREAMS_STORY
+            assert len(server.requests) == 2 * number
+            assert server.open_connections <= 1
+
+
+STREAMS_MODES = [row for row in STREAMS_EXACT if row[-1] != "ask"]
+
+
+@settings(
+    deadline=None,
+    max_examples=150,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(
+    row=st.sampled_from(STREAMS_MODES),
+    text=st.one_of(
+        st.text("a ", max_size=40),
+        st.text(" \n", max_size=20),
+        st.text("ab\n🐸", max_size=90),
+        st.builds(
+            lambda unit, count: unit * count, st.text(min_size=1), st.integers(1, 9)
+        ),
+        st.just(STREAMS_STORY),
+    ),
+    pieces=st.integers(1, 9),
+    cuts=st.lists(st.tuples(st.sampled_from(["drop", "end"]), st.integers(0, 4000))),
+    continuation=st.sampled_from(["exact", "repeat", "ignore"]),
+)
+def test_any_number_of_drops_gives_the_exact_text_or_an_error(
+    row: Any, text: str, pieces: int, cuts: Any, continuation: str
+) -> None:
+    with streams_wire(text, cuts, pieces=pieces, continuation=continuation):
+        stream, printed = streams_resumed(row)(retry=STREAMS_PATIENT), ""
+        try:
+            for piece in stream:
+                printed += piece
+                assert text.startswith(printed)
+                assert stream.text == printed
+        except rs.StreamingError as error:
+            assert error.text == stream.text == printed
+        else:
+            assert stream.text == printed == text
+            assert all(0 <= seam <= len(text) for seam in stream.result.seams)
+
+
+@pytest.mark.parametrize("row", STREAMS_EXACT, ids=lambda row: row[0])
+def test_several_drops_in_one_stream_leave_the_text_exact(row: Any) -> None:
+    with streams_wire(STREAMS_STORY, pieces=4) as wire:
+        wire.rewrite = streams_asked_on if row[-1] == "ask" else wire.rewrite
+        whole = len(wire.reply(streams_request(streams_resumed(row), wire))[1])
+        step = whole // 5
+        replays = row[-1] == "replay"
+        wire.cuts = [("drop", step * (n if replays else 1)) for n in range(1, 5)]
+        stream = streams_resumed(row)()
+        assert "".join(stream) == stream.text == STREAMS_STORY
+        result = stream.result
+    assert len(result.history) == 5
+    assert [r.action for r in result.history][1:].count(row[-1]) >= 3
+    assert list(result.seams) == sorted(set(result.seams))
+    assert 0 < result.seams[-1] < len(STREAMS_STORY)
+    assert (result.finish_reason, result.stats.retries) == ("stop", 4)
+
+
+@pytest.mark.parametrize("row", STREAMS_EXACT, ids=lambda row: row[0])
+def test_a_reply_that_repeats_the_prefix_is_recognised(row: Any) -> None:
+    if row[-1] != "continue":
+        pytest.skip("nothing is continued here")
+    with streams_wire(STREAMS_STORY, pieces=5, continuation="repeat") as wire:
+        whole = len(wire.reply(streams_request(streams_resumed(row), wire))[1])
+        for cut in range(whole // 2, whole, 173):
+            wire.cuts = [("drop", cut)]
+            stream = streams_resumed(row)()
+            assert "".join(stream) == stream.text == STREAMS_STORY
+
+
+def test_a_short_or_regular_prefix_that_comes_again_is_an_error_not_a_guess() -> None:
+    for text in ("Hello world", "ha" * 40):
+        cut = ("drop", streams_after(text, 2))
+        with streams_wire(text, [cut], continuation="repeat"):
+            printed, error = streams_outcome(streams_ask("vllm"))
+        assert isinstance(error, rs.IncompleteStreamError)
+        assert printed == error.text == text[:8]
+
+
+def test_whitespace_that_had_to_be_stripped_is_not_doubled_however_it_comes() -> None:
+    text = "First line. \n\n  Second line."
+    for pieces in (1, 2, 3):
+        with streams_wire(text, pieces=pieces) as wire:
+            make = streams_resumed(STREAMS_EXACT[5])
+            whole = len(wire.reply(streams_request(make, wire))[1])
+            for cut in range(whole):
+                wire.cuts = [("drop", cut)]
+                assert "".join(make()) == text
+
+
+def test_the_stripped_prefix_is_recognised_too_if_it_comes_again() -> None:
+    text = "A long first paragraph of a text about frogs. \n\nA second one."
+    with streams_wire(text, pieces=1, continuation="repeat") as wire:
+        body = transcript("/messages", text, pieces=1)
+        cut = [m.end() for m in re.finditer(rb"\n\n", body)][3 + text.index("A s") - 1]
+        wire.cuts = [("drop", cut)]
+        stream = streams_resumed(STREAMS_EXACT[5])()
+        assert "".join(stream) == text
+        assert wire.bodies[1]["messages"][-1]["content"].endswith("frogs.")
+
+
+def test_text_asked_for_in_a_user_turn_is_trimmed_where_it_overlaps() -> None:
+    cut = ("drop", streams_after(STREAMS_STORY, 12))
+    told = STREAMS_STORY[:48]
+    with streams_wire(STREAMS_STORY, [cut]) as wire:
+        rest = [told[-20:] + STREAMS_STORY[48:70], STREAMS_STORY[70:]]
+        wire.cuts.append(("raw", [streams_events(*rest)]))
+        stream = streams_ask(resume="ask")
+        assert "".join(stream) == STREAMS_STORY
+    assistant, user = wire.bodies[1]["messages"][-2:]
+    assert assistant == {"role": "assistant", "content": told}
+    assert user["role"] == "user"
+    assert stream.result.seams == (48,)
+
+
+STREAMS_BODIES = [
+    (
+        "vllm",
+        {},
+        {
+            "continue_final_message": True,
+            "add_generation_prompt": False,
+            "echo": False,
+        },
+        {"role": "assistant", "content": "abcd"},
+    ),
+    ("llamacpp", {}, {}, {"role": "assistant", "content": "abcd"}),
+    ("mistral", {}, {}, {"role": "assistant", "content": "abcd", "prefix": True}),
+    ("deepseek", {}, {}, {"role": "assistant", "content": "abcd", "prefix": True}),
+    ("openai-completions", {}, {"prompt": "Tellabcd"}, None),
+    ("ollama-generate", {"raw": True}, {"prompt": "Tellabcd"}, None),
+    ("tgi", {}, {"inputs": "Tellabcd"}, None),
+    ("anthropic", {}, {}, {"role": "assistant", "content": "abcd"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("dialect", "params", "changed", "last"), STREAMS_BODIES, ids=lambda x: str(x)[:20]
+)
+def test_each_dialect_continues_by_its_own_rule(
+    dialect: str, params: Any, changed: dict[str, Any], last: Any
+) -> None:
+    cut = ("raw", [streams_body_of(dialect, "abcd", ends=False)])
+    with streams_wire("abcdefgh", [cut]) as wire:
+        stream = streams_ask(dialect, "claude-sonnet-4-5", max_tokens=9, **params)
+        assert "".join(stream) == "abcdefgh"
+    first, second = wire.bodies
+    assert second.get("max_tokens") == first.get("max_tokens")
+    expected = {**first, **changed}
+    if last is not None:
+        expected["messages"] = [*first["messages"], last]
+    assert second == expected
+
+
+STREAMS_PATHS = {
+    "openai-responses": "/responses",
+    "openai-completions": "/completions",
+    "anthropic": "/messages",
+    "gemini": "/v1beta/models/m:streamGenerateContent?alt=sse",
+    "cohere": "/v2/chat",
+    "ollama": "/api/chat",
+    "ollama-generate": "/api/generate",
+    "tgi": "/generate_stream",
+}
+
+
+def streams_body_of(
+    dialect: str, text: str, ends: bool = True, **options: Any
+) -> bytes:
+    """A body of a dialect; without its end it breaks off behind the last delta."""
+    path = STREAMS_PATHS.get(dialect, "/chat/completions")
+    if ends:
+        return transcript(path, text, **options)
+    other = transcript(path, text + "\x7f", pieces=[text, "\x7f"], **options)
+    mark = other.index(b"\x7f" if b"\x7f" in other else b"\\u007f")
+    line = other.rfind(b"\n", 0, mark) + 1
+    return other[:line]
+
+
+def test_deepseek_continues_at_its_own_beta_address() -> None:
+    with streams_wire("abcdefgh", [("drop", streams_after("abcdefgh", 1))]) as wire:
+        stream = streams_ask(
+            "deepseek", base_url="https://api.deepseek.com", api_key="sk-deep"
+        )
+        assert "".join(stream) == "abcdefgh"
+    urls = [request.url for request in wire.requests]
+    assert urls == [
+        "https://api.deepseek.com/chat/completions",
+        "https://api.deepseek.com/beta/chat/completions",
+    ]
+    assert wire.requests[1].headers["Authorization"] == "Bearer sk-deep"
+
+
+@pytest.mark.parametrize("refusal", [400, 403, 404, 422])
+@pytest.mark.parametrize("resume", ["continue", "replay", "ask"])
+def test_a_refused_resume_raises_the_drop_with_the_refusal_in_its_history(
+    resume: str, refusal: int
+) -> None:
+    cuts = [
+        ("drop", streams_after(STREAMS_STORY, 3)),
+        ("status", 503, {}, "{}"),
+        ("status", refusal, {}, '{"error":{"message":"no prefill here"}}'),
+    ]
+    with streams_wire(STREAMS_STORY, cuts) as wire:
+        printed, error = streams_outcome(streams_ask(resume=resume))
+    assert isinstance(error, rs.StreamConnectionError)
+    assert printed == error.text == STREAMS_STORY[:12]
+    records = error.history
+    kinds = ["StreamConnectionError", "APIError", "APIError"]
+    assert [r.error for r in records] == kinds
+    assert [r.action for r in records] == ["start", resume, resume]
+    assert "no prefill here" in records[2].message
+    assert len(wire.requests) == 3
+
+
+def test_complete_chat_starts_over_when_the_resume_is_refused() -> None:
+    cut = ("drop", streams_after(STREAMS_STORY, 3))
+    with streams_wire(STREAMS_STORY, [cut], continuation="refuse"):
+        result = streams_ask("vllm").complete()
+    assert result.text == STREAMS_STORY
+    assert [r.action for r in result.history] == ["start", "continue", "restart"]
+
+
+STREAMS_AUTO = [
+    # dialect, model, parameters, what follows a drop behind a text delta
+    ("openai", "gpt-x", {}, None),
+    ("openai", "gpt-x", {"temperature": 1}, None),
+    ("openai", "gpt-x", {"temperature": 0}, "replay"),
+    ("openai", "gpt-x", {"temperature": 0.0}, "replay"),
+    ("openai", "gpt-x", {"seed": 0}, "replay"),
+    ("openai", "gpt-x", {"seed": None}, None),
+    ("azure", "gpt-x", {}, None),
+    ("azure", "gpt-x", {"seed": 3}, "replay"),
+    ("openrouter", "m", {}, None),
+    ("openrouter", "m", {"seed": 3}, "replay"),
+    ("vllm", "m", {}, "continue"),
+    ("vllm", "m", {"seed": 3}, "continue"),
+    ("vllm", "m", {"n": 2}, None),
+    ("vllm", "m", {"n": 2, "seed": 3}, None),
+    ("vllm", "m", {"response_format": {"type": "json_object"}}, None),
+    ("vllm", "m", {"response_format": {"type": "text"}}, "continue"),
+    ("vllm", "m", {"guided_regex": "a+"}, None),
+    ("vllm", "m", {"guided_json": {}, "seed": 1}, "continue"),
+    ("llamacpp", "m", {}, "continue"),
+    ("llamacpp", "m", {"grammar": "root ::= x"}, None),
+    ("llamacpp", "m", {"grammar": "root ::= x", "seed": 1}, None),
+    ("mistral", "m", {}, "continue"),
+    ("deepseek", "m", {}, "continue"),
+    ("openai-completions", "m", {}, "continue"),
+    ("openai-responses", "m", {}, None),
+    ("openai-responses", "m", {"temperature": 0}, "replay"),
+    ("openai-responses", "m", {"background": True}, "reattach"),
+    ("openai-responses", "m", {"background": False}, None),
+    ("anthropic", "claude-sonnet-4-5", {}, "continue"),
+    ("anthropic", "claude-sonnet-4-5-20250929", {}, "continue"),
+    ("anthropic", "claude-3-5-haiku-latest", {}, "continue"),
+    ("anthropic", "claude-opus-4-1", {}, "continue"),
+    ("anthropic", "claude-opus-4-6", {}, None),
+    ("anthropic", "claude-sonnet-5", {}, None),
+    (
+        "anthropic",
+        "claude-sonnet-4-5",
+        {"thinking": {"type": "enabled", "budget_tokens": 1024}},
+        None,
+    ),
+    ("gemini", "m", {}, None),
+    ("gemini", "m", {"generationConfig": {"seed": 1}}, "replay"),
+    ("gemini", "m", {"generationConfig": {"temperature": 0}}, "replay"),
+    (
+        "gemini",
+        "m",
+        {"generationConfig": {"seed": 1, "responseMimeType": "application/json"}},
+        None,
+    ),
+    ("cohere", "m", {}, None),
+    ("cohere", "m", {"seed": 1}, "replay"),
+    ("ollama", "m", {}, None),
+    ("ollama", "m", {"options": {"seed": 1}}, "replay"),
+    ("ollama", "m", {"options": {"temperature": 0}, "format": "json"}, None),
+    ("ollama-generate", "m", {}, None),
+    ("ollama-generate", "m", {"raw": True}, "continue"),
+    ("tgi", None, {}, "continue"),
+    ("tgi", None, {"parameters": {"grammar": {"type": "regex"}}}, None),
+]
+
+
+@pytest.mark.parametrize(
+    ("dialect", "model", "params", "action"), STREAMS_AUTO, ids=lambda x: str(x)[:40]
+)
+def test_auto_does_only_what_leaves_no_doubtful_seam(
+    dialect: str, model: str | None, params: dict[str, Any], action: str | None
+) -> None:
+    cut = ("raw", [streams_body_of(dialect, "abcd", ends=False)])
+    with streams_wire("abcdefgh", [cut]) as wire:
+        key = {"api_key": "k-123"} if dialect == "azure" else {}
+        stream = streams_ask(dialect, model, **params, **key)
+        if action == "reattach":  # the wire must know the answer it goes on with
+            wire.cuts = [("drop", len(wire.reply(streams_first(stream))[1]) // 2)]
+        printed, error = streams_outcome(stream)
+    if action is None:
+        assert isinstance(error, rs.IncompleteStreamError)
+        assert printed == error.text == "abcd"
+        assert wire.actions == ["start"]
+        for choice in ("'continue'", "'ask'", "'replay'", "complete_chat"):
+            assert choice in str(error)
+    else:
+        assert (printed, error) == ("abcdefgh", None)
+        assert wire.actions == ["start", action]
+
+
+def streams_first(stream: rs.ChatStream) -> Any:
+    """The request that a stream is going to send first."""
+    chat = stream._chat
+    return chat.prompt.request("start", chat.answer)[0]
+
+
+def test_newer_claude_is_asked_to_go_on_only_by_choice() -> None:
+    def told(resume: str) -> tuple[str, Any, Any]:
+        cuts = [("raw", [streams_body_of("anthropic", "abcd ", ends=False)])]
+        with streams_wire("abcd efgh", cuts, continuation="refuse") as wire:
+            wire.rewrite = streams_asked_on
+            if resume == "ask":
+                cuts.append(("raw", [streams_body_of("anthropic", " efgh")]))
+                wire.cuts = cuts
+            stream = streams_ask("anthropic", "claude-opus-4-6", resume=resume)
+            return (*streams_outcome(stream), wire)
+
+    printed, error, wire = told("auto")
+    assert (printed, wire.actions) == ("abcd ", ["start"])
+    assert "'ask'" in str(error)
+    printed, error, wire = told("continue")
+    assert (printed, wire.actions) == ("abcd ", ["start", "continue"])
+    assert "not supported" in error.history[1].message
+    printed, error, wire = told("ask")
+    assert (printed, error) == ("abcd  efgh", None)
+    assert wire.bodies[1]["messages"][-2]["content"] == "abcd"  # no space at its end
+
+
+def test_a_replay_that_differs_is_a_mismatch_at_its_first_difference() -> None:
+    cuts = [
+        ("drop", streams_after("Once upon a time", 2)),
+        ("raw", [streams_events("Once a frog sang")]),
+    ]
+    for cut in range(1, 4):
+        with streams_wire("Once upon a time", list(cuts)):
+            stream = streams_ask(resume="replay", seed=cut)
+            printed, error = streams_outcome(stream)
+        assert type(error) is rs.ResumeMismatchError
+        assert not error.retryable
+        assert printed == error.text == stream.text == "Once upo"
+        assert "character 5" in str(error)
+        assert [r.error for r in error.history][1:] == ["ResumeMismatchError"]
+
+
+def test_a_replay_that_ends_too_early_is_a_mismatch_as_well() -> None:
+    cuts = [
+        ("drop", streams_after("Once upon a time", 3)),
+        ("raw", [streams_events("Once up")]),
+    ]
+    with streams_wire("Once upon a time", cuts):
+        printed, error = streams_outcome(streams_ask(resume="replay"))
+    assert isinstance(error, rs.ResumeMismatchError)
+    assert printed == "Once upon a "
+
+
+def test_never_raises_the_drop_without_another_request() -> None:
+    cut = ("drop", streams_after("abcdefgh", 1))
+    for dialect in ("vllm", "openai"):
+        with streams_wire("abcdefgh", [cut]) as wire:
+            _, error = streams_outcome(streams_ask(dialect, resume="never", seed=1))
+        assert isinstance(error, rs.StreamConnectionError)
+        assert wire.actions == ["start"]
+
+
+def test_before_the_first_delta_every_mode_just_tries_again() -> None:
+    for resume in ("auto", "continue", "ask", "replay", "never", streams_prefilled):
+        with streams_wire("abc", [("drop", 90)]) as wire:
+            assert "".join(streams_ask(resume=resume)) == "abc"
+        assert wire.actions == ["start", "retry"]
+
+
+def streams_tool(*arguments: str) -> bytes:
+    """Text, then a tool call that is not closed."""
+    call: dict[str, Any] = {"index": 0, "id": "call_1", "function": {"name": "look"}}
+    chunks: list[Any] = [{"content": "abcd"}, {"tool_calls": [call]}]
+    for argument in arguments:
+        chunks.append(
+            {"tool_calls": [{"index": 0, "function": {"arguments": argument}}]}
+        )
+    events = [{"choices": [{"index": 0, "delta": delta}]} for delta in chunks]
+    return "".join(f"data: {json.dumps(event)}\n\n" for event in events).encode()
+
+
+@pytest.mark.parametrize("by_deltas", [False, True])
+def test_auto_never_goes_on_behind_an_open_tool_call(by_deltas: bool) -> None:
+    with streams_wire("abcdefgh", [("raw", [streams_tool('{"q":')])]) as wire:
+        stream = streams_ask("vllm", seed=1)
+        loop = map(str, stream.deltas()) if by_deltas else stream
+        _, error = streams_outcome(loop)
+        assert isinstance(error, rs.IncompleteStreamError)
+        assert wire.actions == ["start"]
+        assert error.result is not None
+        assert error.result.tool_calls == ()
+        assert error.result.stats.cut_tool_calls == 1
+        assert error.text == "abcd"
+
+
+def test_auto_never_goes_on_behind_open_reasoning() -> None:
+    chunks = [{"content": "abcd"}, {"reasoning_content": "hm"}]
+    events = [{"choices": [{"index": 0, "delta": delta}]} for delta in chunks]
+    raw = "".join(f"data: {json.dumps(event)}\n\n" for event in events).encode()
+    for params in ({}, {"seed": 1}):
+        with streams_wire("abcdefgh", [("raw", [raw])]) as wire:
+            _, error = streams_outcome(streams_ask("vllm", **params))
+        assert isinstance(error, rs.IncompleteStreamError)
+        assert wire.actions == ["start"]
+
+
+def test_reasoning_that_a_loop_over_text_has_not_seen_is_simply_had_again() -> None:
+    with streams_wire("abcd", reasoning="thinking hard", pieces=4) as wire:
+        whole = len(wire.reply(streams_first(streams_ask()))[1])
+        for cut in range(0, whole // 2, 7):
+            wire.cuts, wire.requests = [("drop", cut)], []
+            stream = streams_ask()
+            assert "".join(stream) == "abcd"
+            assert stream.result.reasoning == "thinking hard"
+
+
+# -- replay with deltas: reasoning is compared like text
+
+
+def streams_thought(*pieces: str) -> bytes:
+    chunks = [{"choices": [{"delta": {"reasoning": piece}}]} for piece in pieces]
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks).encode()
+
+
+def test_reasoning_that_was_handed_out_is_not_handed_out_twice_by_a_replay() -> None:
+    cuts = [
+        ("raw", [streams_thought("think", "ing ha", "rd")]),
+        ("raw", [streams_thought("thin")]),
+        ("raw", [streams_thought("thinking", " hard, st")]),
+        ("raw", [streams_thought("thinking hard, still") + streams_events("Yes.")]),
+    ]
+    with streams_wire("", cuts):
+        stream = streams_ask(resume="replay")
+        handed = list(stream.deltas())
+    thoughts = [delta.text for delta in handed if delta.kind == "reasoning"]
+    assert thoughts == ["think", "ing ha", "rd", ", st", "ill"]
+    assert [delta.text for delta in handed if delta.kind == "text"] == ["Yes."]
+    assert stream.result.reasoning == "thinking hard, still"
+    assert stream.text == "Yes."
+
+
+def test_reasoning_that_differs_or_ends_early_in_a_replay_is_a_mismatch() -> None:
+    first = ("raw", [streams_thought("think", "ing")])
+    for other in (streams_thought("thinned"), streams_thought("think")):
+        with streams_wire("", [first, ("raw", [other + streams_events("Yes.")])]):
+            stream = streams_ask(resume="replay")
+            with pytest.raises(rs.ResumeMismatchError):
+                list(stream.deltas())
+            assert stream.result.reasoning == "thinking"
+
+
+# -- reattach
+
+
+def test_reattaching_asks_for_what_comes_behind_the_last_event() -> None:
+    with streams_wire(STREAMS_STORY, pieces=9) as wire:
+        stream = streams_ask("openai-responses", background=True, api_key="k-77")
+        whole = wire.reply(streams_first(stream))[1]
+        wire.cuts = [("drop", len(whole) // 3)]
+        assert "".join(stream) == STREAMS_STORY
+    first, second = wire.requests
+    number = whole[: len(whole) // 3].count(b"\n\n") - 1
+    assert second.method == "GET"
+    assert second.data is None
+    path = f"/responses/resp_1?stream=true&starting_after={number}"
+    assert second.url == first.url[: -len("/responses")] + path
+    assert second.headers["Authorization"] == "Bearer k-77"
+    assert stream.result.finish_reason == "stop"
+    assert stream.result.raw_finish_reason == "completed"
+    assert stream.result.usage is not None
+
+
+def test_reattaching_is_tried_again_and_bills_nothing_anew() -> None:
+    busy = ("status", 503, {}, "{}")
+    with streams_wire(STREAMS_STORY, pieces=9) as wire:
+        stream = streams_ask("openai-responses", background=True)
+        whole = wire.reply(streams_first(stream))[1]
+        refused = rs.StreamConnectionError("no", phase="connect", retryable=True)
+        wire.cuts = [("drop", len(whole) // 3), busy, refused, busy]
+        assert "".join(stream) == STREAMS_STORY
+    assert wire.actions == ["start"] + ["reattach"] * 4
+    assert [request.method for request in wire.requests] == ["POST"] + ["GET"] * 4
+    assert len(set(stream.result.seams)) == len(stream.result.seams) == 1
+
+
+def test_only_reattachments_in_a_row_without_an_event_count_as_attempts() -> None:
+    retry = rs.Retry(attempts=3, wait_initial=0)
+    with streams_wire(STREAMS_STORY, pieces=9) as wire:
+        stream = streams_ask("openai-responses", background=True, retry=retry)
+        longest = max(map(len, wire.reply(streams_first(stream))[1].split(b"\n\n")))
+        busy = ("status", 503, {}, "{}")
+        wire.cuts = [("drop", longest + 2), busy] * 200
+        assert "".join(stream) == STREAMS_STORY
+        assert stream.stats.requests > 10
+        wire.cuts = [("drop", 3000)] + [busy] * 9
+        wire.requests.clear()
+        stream = streams_ask("openai-responses", background=True, retry=retry)
+        printed, error = streams_outcome(stream)
+    assert isinstance(error, rs.APIError)
+    assert STREAMS_STORY.startswith(printed)
+    assert 3 <= len(wire.requests) <= 4
+
+
+def test_a_generation_that_is_gone_raises_the_drop() -> None:
+    gone = ("status", 404, {}, '{"error":{"message":"gone"}}')
+    with streams_wire(STREAMS_STORY, [("drop", 3000), gone]) as wire:
+        printed, error = streams_outcome(
+            streams_ask("openai-responses", background=True)
+        )
+    assert isinstance(error, rs.StreamConnectionError)
+    assert error.history[1].action == "reattach"
+    assert "gone" in error.history[1].message
+    assert printed == error.text != ""
+    assert len(wire.requests) == 2
+
+
+def test_a_drop_before_the_id_is_known_is_a_plain_retry() -> None:
+    with streams_wire("abc", [("drop", 40)]) as wire:
+        stream = streams_ask("openai-responses", resume="reattach")
+        assert "".join(stream) == "abc"
+    assert wire.actions == ["start", "retry"]
+    assert wire.bodies[0]["background"] is True
+
+
+def test_events_that_are_lost_while_reattaching_are_an_error() -> None:
+    with streams_wire("abcdefgh", pieces=1) as wire:
+        stream = streams_ask("openai-responses", background=True)
+        whole = wire.reply(streams_first(stream))[1]
+        events = whole.split(b"\n\n")
+        part = b"\n\n".join(events[:8]) + b"\n\n"
+        rest = b"\n\n".join(events[9:])
+        wire.cuts = [("raw", [part]), ("raw", [rest])]
+        printed, error = streams_outcome(stream)
+    assert isinstance(error, rs.IncompleteStreamError)
+    assert "lost" in str(error)
+    assert "abcdefgh".startswith(printed)
+
+
+def test_a_surrogate_pair_survives_a_drop_between_its_halves() -> None:
+    def event(number: int, delta: str, kind: str = "output_text.delta") -> bytes:
+        data = {"type": "response." + kind, "sequence_number": number, "delta": delta}
+        if kind in ("created", "completed"):
+            status = {"created": "in_progress"}.get(kind, kind)
+            data["response"] = {"id": "resp_1", "status": status, "output": []}
+        return f"data: {json.dumps(data)}\n\n".encode()
+
+    first = event(0, "", "created") + event(1, "a\ud83d")
+    second = event(2, "\udc38b") + event(3, "", "completed")
+    with streams_wire("", [("raw", [first]), ("raw", [second])]):
+        assert "".join(streams_ask("openai-responses", background=True)) == "a🐸b"
+
+
+def test_an_error_inside_a_background_stream_is_not_reattached_for_ever() -> None:
+    body = streams_body_of("openai-responses", "abcd", ends=False)
+    failed = b'data: {"type":"error","code":"server_error","message":"no"}\n\n'
+    with streams_wire("abcd", [("raw", [body + failed])] * 9) as wire:
+        _, error = streams_outcome(streams_ask("openai-responses", background=True))
+    assert isinstance(error, rs.APIError)
+    assert len(wire.requests) == 1
+
+
+# -- a function as resume
+
+
+def test_a_resume_function_is_given_the_body_and_the_text_and_its_body_is_sent() -> (
+    None
+):
+    given_bodies = []
+
+    def resume(body: dict[str, Any], text: str) -> dict[str, Any]:
+        given_bodies.append((json.dumps(body, sort_keys=True), text))
+        body["messages"].append({"role": "assistant", "content": text})
+        return {**body, "mine": True}
+
+    cut = ("drop", streams_after("abcdefghijkl", 1))
+    with streams_wire("abcdefghijkl", [cut, cut]) as wire:
+        stream = streams_ask(resume=resume, top_p=0.5)
+        assert "".join(stream) == "abcdefghijkl"
+    original = json.dumps(wire.bodies[0], sort_keys=True)
+    assert given_bodies == [(original, "abcd"), (original, "abcdefgh")]
+    assert wire.bodies[2]["mine"] is True
+    assert wire.bodies[2]["messages"][-1]["content"] == "abcdefgh"
+    assert [r.action for r in stream.result.history] == ["start", *["continue"] * 2]
+
+
+def test_a_resume_function_that_fails_reaches_the_caller() -> None:
+    def resume(body: dict[str, Any], text: str) -> dict[str, Any]:
+        raise LookupError(text)
+
+    cut = ("drop", streams_after("abcdefgh", 1))
+    with streams_wire("abcdefgh", [cut]) as wire:
+        stream = streams_ask(resume=resume)
+        assert next(stream) == "abcd"
+        with pytest.raises(LookupError, match="abcd"):
+            next(stream)
+        assert wire.closed == 1
+        assert stream.text == "abcd"
+
+
+# ---------------------------------------------------------------------------
+# 12. Health monitor
+# ---------------------------------------------------------------------------
+
+
+def note(what, data=None, *, stream=1, seconds=0.0, attempt=1, why=""):
+    return rs.StreamRecord(what, stream, seconds, attempt, why, data)
+
+
+def begin(stream=1, **facts):
+    facts = {"model": "m", "dialect": "openai", "url": "https://api.test/v1", **facts}
+    return note("start", facts, stream=stream, attempt=0)
+
+
+def said(text, *, kind="text", **place):
+    return note("token", rs.Delta(kind, text, 0, None), **place)
+
+
+def failure(type_=None, **facts):
+    error = (type_ or rs.StreamConnectionError)("it broke")
+    vars(error).update(facts)
+    return error
+
+
+def retried(error=None, *, wait=1.0, action="continue", what="retry", **place):
+    facts = {"error": error or failure(), "wait": wait, "action": action}
+    return note(what, facts, **place)
+
+
+def feed(observer, *records):
+    for record in records:
+        getattr(observer, "on_" + record.what)(record)
+
+
+def chat_body(*texts, end="stop"):
+    """The raw bytes of a chat completion that streams these texts."""
+    lines = [{"choices": [{"index": 0, "delta": {"content": t}}]} for t in texts]
+    lines.append({"choices": [{"index": 0, "delta": {}, "finish_reason": end}]})
+    events = [f"data: {json.dumps(line)}\n\n" for line in lines]
+    return ("".join(events) + "data: [DONE]\n\n").encode()
+
+
+def cut_body(*texts):
+    """The same, broken off before its end."""
+    return chat_body(*texts).split(b'data: {"choices": [{"index": 0, "delta": {}')[0]
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def monitor(clock, monkeypatch):
+    monkeypatch.setattr(rs.StreamMonitor, "_clock", staticmethod(clock))
+    return rs.StreamMonitor()
+
+
+def test_a_monitor_counts_streams_by_how_they_ended(monitor):
+    feed(monitor, *(begin(n) for n in range(5)))
+    feed(monitor, note("complete", stream=0), note("complete", stream=1))
+    feed(monitor, note("error", failure(), stream=2))
+    feed(monitor, note("error", failure(rs.StreamAbortedError), stream=3))
+    report = monitor.report()
+    counts = {name: report[name] for name in ("started", "completed", "failed")}
+    assert counts == {"started": 5, "completed": 2, "failed": 1}
+    assert (report["closed"], report["active"]) == (1, 1)
+
+
+def test_a_stream_that_its_caller_left_is_neither_success_nor_failure(monitor):
+    feed(monitor, begin(1), begin(2), begin(3), note("complete", stream=1))
+    feed(monitor, note("error", failure(), stream=2))
+    feed(monitor, note("error", failure(rs.StreamAbortedError), stream=3))
+    report = monitor.report()
+    assert report["success_rate"] == 0.5
+    assert report["errors_by_type"] == {"StreamConnectionError": 1}
+
+
+def test_what_was_never_seen_is_none_and_not_zero(monitor):
+    report = monitor.report()
+    assert report["success_rate"] is None
+    assert report["average_retries"] is None
+    assert report["average_seconds"] is None
+    assert report["average_bytes"] is None
+    assert report["seconds"] == {"p50": None, "p90": None, "p99": None}
+
+
+def test_deltas_and_bytes_of_a_running_stream_count_at_once(monitor):
+    feed(monitor, begin(), note("chunk", b"12345"), said("a"), said("b"))
+    report = monitor.report()
+    assert (report["tokens"], report["bytes"]) == (2, 5)
+    assert report["streams"][0]["tokens"] == 2
+    feed(monitor, note("complete"))
+    report = monitor.report()
+    assert (report["tokens"], report["bytes"]) == (2, 5)
+
+
+def test_averages_are_over_ended_streams(monitor):
+    feed(monitor, begin(1), note("chunk", b"1" * 100), retried(seconds=1.0))
+    feed(monitor, note("complete", seconds=3.0), begin(2))
+    feed(monitor, note("chunk", b"1" * 300, stream=2))
+    report = monitor.report()
+    assert report["average_seconds"] == 3.0
+    assert report["average_bytes"] == 100
+    assert report["average_retries"] == 0.5
+    assert report["retries"] == 1
+
+
+def test_the_report_goes_through_json_unchanged(monitor):
+    feed(monitor, begin(model="m\u00f6del"), said("x"), retried())
+    feed(monitor, note("error", failure(), why="gone"))
+    report = monitor.report()
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+def test_a_table_row_tells_one_stream(monitor, clock):
+    feed(monitor, begin(7), note("chunk", b"123"), said("x", stream=7, seconds=0.5))
+    feed(monitor, note("chunk", b"123", stream=7), retried(stream=7))
+    clock.now += 4.0
+    assert monitor.report()["streams"] == [
+        {
+            "stream": 7,
+            "model": "m",
+            "dialect": "openai",
+            "state": "active",
+            "seconds": 4.0,
+            "first_token_seconds": 0.5,
+            "tokens": 1,
+            "bytes": 3,
+            "retries": 1,
+            "error": None,
+        }
+    ]
+
+
+def test_a_failed_stream_shows_its_error_in_the_table(monitor):
+    feed(monitor, begin(), note("error", failure(), seconds=2.5, why="reset by peer"))
+    row = monitor.report()["streams"][0]
+    assert (row["state"], row["seconds"]) == ("failed", 2.5)
+    assert row["error"] == "StreamConnectionError: reset by peer"
+
+
+def test_streams_stand_newest_first_and_the_table_is_bounded(monitor):
+    for n in range(200):
+        feed(monitor, begin(n), note("complete", stream=n))
+    feed(monitor, *(begin(n) for n in range(200, 400)))
+    numbers = [row["stream"] for row in monitor.report()["streams"]]
+    assert numbers == list(range(399, 349, -1)) + list(range(199, 149, -1))
+
+
+def test_kinds_of_errors_are_bounded(monitor):
+    for n in range(300):
+        error = failure(type(f"Error{n}", (rs.StreamingError,), {}))
+        feed(monitor, begin(n), note("error", error, stream=n))
+    report = monitor.report()
+    assert sum(report["errors_by_type"].values()) == report["failed"] == 300
+    assert len(report["errors_by_type"]) <= 51
+    assert len(report["common_errors"]) <= 10
+
+
+def test_common_errors_rank_the_retried_and_the_fatal_together(monitor):
+    slow = failure(rs.StreamTimeoutError, kind="idle")
+    feed(monitor, begin(1), retried(slow), retried(slow), note("error", failure()))
+    report = monitor.report()
+    assert report["common_errors"] == [
+        {"error": "StreamTimeoutError idle", "count": 2},
+        {"error": "StreamConnectionError", "count": 1},
+    ]
+    assert report["retries_by_type"] == {"StreamTimeoutError": 2}
+    assert report["errors_by_type"] == {"StreamConnectionError": 1}
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0])
+def test_quantiles_are_within_five_percent(spread):
+    generator = random.Random(7)
+    values = sorted(generator.lognormvariate(-2, spread) for _ in range(5001))
+    histogram = rs._LogHistogram()
+    for value in values:
+        histogram.add(value)
+    for share in (0.5, 0.9, 0.99):
+        exact = values[math.ceil(share * len(values)) - 1]
+        assert histogram.quantile(share) == pytest.approx(exact, rel=0.05)
+
+
+def test_one_value_is_its_own_quantile(monitor):
+    feed(monitor, begin(), said("x", seconds=0.25), note("complete", seconds=0.75))
+    report = monitor.report()
+    assert set(report["seconds"].values()) == {0.75}
+    assert set(report["first_token_seconds"].values()) == {0.25}
+
+
+def test_a_histogram_stays_small_whatever_comes():
+    histogram = rs._LogHistogram()
+    for exponent in range(-300, 300):
+        histogram.add(10.0**exponent)
+    histogram.add(0.0)
+    assert len(histogram.buckets) <= 361
+    assert histogram.quantile(0.5) >= 0
+
+
+def test_the_wait_before_a_retry_is_no_gap_between_deltas(monitor):
+    feed(monitor, begin(), said("a", seconds=1.0), said("b", seconds=1.5))
+    feed(monitor, retried(seconds=2.0), said("c", seconds=60.0, attempt=2))
+    assert monitor.report()["gaps"] == {"p50": 0.5, "p90": 0.5, "p99": 0.5}
+
+
+def test_gaps_count_the_same_while_a_stream_runs_and_after(monitor):
+    feed(monitor, begin(), *(said("x", seconds=n / 8) for n in range(50)))
+    running = monitor.report()["gaps"]
+    feed(monitor, note("complete", seconds=9.0))
+    assert monitor.report()["gaps"] == running == dict.fromkeys(running, 0.125)
+
+
+def test_the_newest_gaps_are_in_the_report_at_once(monitor):
+    feed(monitor, begin(), said("a", seconds=0.2), said("b", seconds=0.5))
+    assert monitor.report()["gaps"]["p50"] == pytest.approx(0.3)
+
+
+def test_percentiles_are_what_their_names_say(monitor):
+    for n in range(1, 101):
+        feed(monitor, begin(n), note("complete", stream=n, seconds=float(n)))
+    expected = {"p50": 50, "p90": 90, "p99": 99}
+    assert monitor.report()["seconds"] == pytest.approx(expected, rel=0.05)
+
+
+def test_on_change_gets_the_report_at_start_retry_and_end_only():
+    seen = []
+    watched = rs.StreamMonitor(on_change=seen.append)
+    feed(watched, begin(), note("chunk", b"x"), said("x"), retried())
+    feed(watched, said("y"), note("complete"))
+    states = [(r["active"], r["retries"], r["completed"]) for r in seen]
+    assert states == [(1, 0, 0), (1, 1, 0), (0, 1, 1)]
+
+
+def test_on_change_is_called_outside_the_lock():
+    def ask_from_another_thread(_):
+        asker = threading.Thread(target=watched.report, daemon=True)
+        asker.start()
+        asker.join(10)
+        answered.append(not asker.is_alive())
+
+    answered = []
+    watched = rs.StreamMonitor(on_change=ask_from_another_thread)
+    feed(watched, begin(), retried(), note("complete"))
+    assert answered == [True, True, True]
+
+
+def test_a_stream_collected_while_the_lock_is_held_does_not_lock_up(monitor):
+    feed(monitor, begin())
+    with monitor._lock:  # a garbage collection may come anywhere
+        feed(monitor, note("error", failure(rs.StreamAbortedError)))
+    assert monitor.report()["closed"] == 1
+
+
+def test_counts_are_exact_with_many_threads():
+    watched = rs.StreamMonitor()
+
+    def work(first):
+        for stream in range(first, first + 25):
+            feed(watched, begin(stream))
+            for n in range(40):
+                chunk = note("chunk", b"1234", stream=stream)
+                feed(watched, chunk, said("x", stream=stream, seconds=n / 100))
+            feed(watched, note("complete", stream=stream, seconds=1.0))
+
+    threads = [threading.Thread(target=work, args=(1000 * n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        watched.report()
+    report = watched.report()
+    assert (report["started"], report["completed"], report["active"]) == (200, 200, 0)
+    assert (report["tokens"], report["bytes"]) == (8000, 32000)
+    assert sum(slot["tokens"] for slot in report["series"]) == 8000
+
+
+def test_records_of_a_stream_whose_start_was_not_seen_are_ignored(monitor):
+    feed(monitor, note("chunk", b"x"), said("x"), retried(), note("complete"))
+    report = monitor.report()
+    assert (report["tokens"], report["retries"], report["completed"]) == (0, 0, 0)
+
+
+def test_the_series_holds_the_last_five_minutes(monitor, clock):
+    feed(monitor, begin(1), note("chunk", b"x" * 10), said("x", seconds=2.0))
+    clock.now += 3600
+    feed(monitor, begin(2), note("complete", stream=1, seconds=8.0))
+    clock.now += 10
+    report = monitor.report()
+    slots = report["series"]
+    assert len(slots) * report["series_step_seconds"] == 300
+    assert [slot["ago"] for slot in slots[-2:]] == [5.0, 0.0]
+    assert sum(slot["started"] for slot in slots) == 1
+    feed(monitor, retried(stream=2))
+    assert monitor.report()["series"][-1]["retries"] == 1
+    assert slots[-3]["seconds"] == 8.0
+    assert slots[-1]["active"] == 1
+
+
+def test_rates_are_over_the_last_seconds(monitor, clock):
+    feed(monitor, begin(), note("chunk", b"x" * 50))
+    clock.now += 5.0
+    feed(monitor, *(said("x", seconds=2.0 + n) for n in range(10)))
+    assert monitor.report()["tokens_per_second"] == 2.0
+    clock.now += 60
+    assert monitor.report()["tokens_per_second"] == 0.0
+
+
+def parsed_metrics(text):
+    parser = pytest.importorskip("prometheus_client.parser")
+    families = list(parser.text_string_to_metric_families(text))
+    samples = {}
+    for family in families:
+        for sample in family.samples:
+            samples[(sample.name, *sample.labels.values())] = sample.value
+    return families, samples
+
+
+def test_prometheus_parses_the_metrics(monitor):
+    feed(monitor, begin(1), begin(2), note("chunk", b"12345"), retried(), begin(3))
+    feed(monitor, said("a", seconds=0.5), said("b", seconds=0.75))
+    feed(monitor, note("complete", seconds=2.0))
+    feed(monitor, note("error", failure(), stream=2, seconds=20.0))
+    families, samples = parsed_metrics(monitor.prometheus())
+    assert all(family.documentation for family in families)
+    kinds = {family.type for family in families}
+    assert kinds == {"counter", "gauge", "histogram"}
+    assert samples["resilient_sse_active_streams",] == 1
+    assert samples["resilient_sse_started_total",] == 3
+    assert samples["resilient_sse_ended_total", "completed"] == 1
+    assert samples["resilient_sse_errors_total", "StreamConnectionError"] == 1
+    assert samples["resilient_sse_tokens_total",] == 2
+    assert samples["resilient_sse_bytes_total",] == 5
+    assert samples["resilient_sse_first_token_seconds_sum",] == 0.5
+
+
+def test_prometheus_histograms_are_cumulative_and_end_in_their_count(monitor):
+    for n, seconds in enumerate((0.5, 1.0, 5.0, 5000.0)):
+        feed(monitor, begin(n), note("complete", stream=n, seconds=seconds))
+    _, samples = parsed_metrics(monitor.prometheus())
+    name = "resilient_sse_stream_seconds"
+    buckets = [v for key, v in samples.items() if key[0] == name + "_bucket"]
+    assert buckets == sorted(buckets)
+    assert samples[name + "_bucket", "+Inf"] == samples[name + "_count",] == 4
+    assert samples[name + "_bucket", "1"] == 2
+    assert samples[name + "_bucket", "1000"] == 3
+    edges = [float(key[1]) for key in samples if key[0] == name + "_bucket"]
+    assert edges[::3] == [0.001, 0.01, 0.1, 1, 10, 100, 1000]
+    assert edges[-1] == math.inf and len(edges) == 20
+
+
+def test_prometheus_labels_are_escaped(monitor):
+    name = 'Odd"\\\nError'
+    error = failure(type(name, (rs.StreamingError,), {}))
+    feed(monitor, begin(), note("error", error))
+    _, samples = parsed_metrics(monitor.prometheus())
+    assert samples["resilient_sse_errors_total", name] == 1
+
+
+def test_the_monitor_shows_itself_in_a_notebook_with_names_escaped(monitor):
+    feed(monitor, begin(model="<script>"), note("error", failure(), why="<b>"))
+    page = monitor._repr_html_()
+    assert "<table>" in page
+    assert "&lt;script&gt;" in page and "&lt;b&gt;" in page
+    assert "<script>" not in page and "<b>" not in page
+
+
+def test_a_printed_monitor_names_figures_and_errors(monitor):
+    feed(monitor, begin(1), begin(2), note("complete", seconds=2.0))
+    feed(monitor, note("error", failure(), stream=2))
+    text = str(monitor)
+    assert re.search(r"success rate +50\.0%", text)
+    assert "1 x StreamConnectionError" in text
+    assert re.search(r"duration +p50 0 s, p90 2 s, p99 2 s", text)
+
+
+def test_a_monitor_watches_real_streams():
+    watched = rs.StreamMonitor()
+    stream = rs.ChatStream.replay(chat_body("a", "b", "c"))
+    stream.observe(watched)
+    assert "".join(stream) == "abc"
+    report = watched.report()
+    assert (report["completed"], report["tokens"], report["active"]) == (1, 3, 0)
+    assert report["bytes"] == len(chat_body("a", "b", "c"))
+    broken = rs.ChatStream.replay(cut_body("a"))
+    broken.observe(watched)
+    with pytest.raises(rs.IncompleteStreamError):
+        list(broken)
+    assert watched.report()["errors_by_type"] == {"IncompleteStreamError": 1}
+
+
+# ---------------------------------------------------------------------------
+# 13. Stream trace
+# ---------------------------------------------------------------------------
+
+SECRET = "sk-proj-abcdefghijklmnop"
+ANSWER = "Xyzzy!"
+
+
+def asked(attempt=1, *, action="start", seconds=0.0, **headers):
+    facts = {
+        "method": "POST",
+        "url": "https://user:pw@api.test/v1/chat?key=" + SECRET,
+        "action": action,
+        "headers": headers,
+        "body_bytes": 312,
+    }
+    return note("request", facts, attempt=attempt, seconds=seconds)
+
+
+def answered(status=200, *, attempt=1, seconds=0.1, **headers):
+    facts = {"status": status, "headers": headers}
+    return note("response", facts, attempt=attempt, seconds=seconds)
+
+
+def result_of(**fields):
+    return types.SimpleNamespace(
+        **{"finish_reason": "stop", "seams": (), "usage": None, **fields}
+    )
+
+
+def arrived(data, *, seconds, attempt=1):
+    return note("chunk", data, seconds=seconds, attempt=attempt)
+
+
+def timeline(trace):
+    lines = trace.report().split("\nTimeline\n")[1].split("\n\n")[0].splitlines()
+    rows = (re.match(r" +([\d.]+) s  #(\d+)  (\S+(?: \S+)?)", line) for line in lines)
+    return [(row[3], float(row[1]), int(row[2])) for row in rows if row]
+
+
+def test_a_timeline_tells_the_life_of_a_stream():
+    trace = rs.StreamTrace()
+    feed(trace, begin(), asked(), answered(seconds=0.2), arrived(b"x", seconds=0.5))
+    feed(trace, said("Hello", seconds=0.5), arrived(b"y", seconds=4.0))
+    feed(trace, retried(seconds=4.5, why="dropped"))
+    feed(trace, asked(2, seconds=5.5))
+    feed(trace, answered(attempt=2, seconds=5.6), arrived(b"z", seconds=6, attempt=2))
+    feed(trace, said("!", seconds=6.0, attempt=2))
+    feed(trace, note("complete", result_of(seams=(5,)), seconds=7.0, attempt=2))
+    assert timeline(trace) == [
+        ("start", 0.0, 0),
+        ("request", 0.0, 1),
+        ("response", 0.2, 1),
+        ("first byte", 0.5, 1),
+        ("first delta", 0.5, 1),
+        ("gap", 4.0, 1),
+        ("retry", 4.5, 1),
+        ("request", 5.5, 2),
+        ("response", 5.6, 2),
+        ("first byte", 6.0, 2),
+        ("seam", 6.0, 2),
+        ("complete", 7.0, 2),
+    ]
+    assert "goes on after character 5" in trace.report()
+    assert "dropped; wait=1.0 error=StreamConnectionError" in trace.report()
+    assert "kept_characters=5" in trace.report()
+    assert "first byte   1 bytes, 0.300 s after the headers" in trace.report()
+    assert "first delta  text, 0.500 s after the request" in trace.report()
+
+
+def test_a_summary_counts_what_came():
+    trace = rs.StreamTrace()
+    feed(trace, begin(), asked(), answered(), arrived(b"12345", seconds=0.5))
+    feed(trace, note("event", rs.ServerSentEvent("message", "{}", "")))
+    feed(trace, said("Hi", seconds=0.5), said("th", kind="reasoning", seconds=0.6))
+    usage = rs.Usage(12, None, {})
+    feed(trace, retried(), note("complete", result_of(usage=usage), seconds=2.5))
+    facts = trace.summary()
+    assert facts["model"] == "m" and facts["dialect"] == "openai"
+    assert facts["end"] == "complete (stop)"
+    assert (facts["seconds"], facts["first_byte_seconds"]) == (2.5, 0.5)
+    assert facts["first_token_seconds"] == 0.5
+    assert (facts["requests"], facts["retries"], facts["bytes"]) == (1, 1, 5)
+    assert (facts["chunks"], facts["events"]) == (1, 1)
+    assert facts["deltas"] == {"text": 1, "reasoning": 1}
+    assert facts["characters"] == {"text": 2, "reasoning": 2}
+    assert (facts["input_tokens"], facts["output_tokens"]) == (12, None)
+    assert "input tokens   12" in trace.report()
+    assert "output tokens" not in trace.report()
+    for name in (rs.__version__, platform.python_version(), requests.__version__):
+        assert name in facts["software"]
+
+
+def test_a_trace_holds_neither_secret_nor_text(tmp_path):
+    trace = rs.StreamTrace()
+    secret_headers = {
+        name: SECRET + name
+        for name in (
+            "Authorization",
+            "api-key",
+            "X-Api-Key",
+            "x-goog-api-key",
+            "Cookie",
+            "My-Token",
+            "X-Secret-Thing",
+        )
+    }
+    feed(trace, begin(url="https://api.test/v1?key=" + SECRET), asked(**secret_headers))
+    feed(trace, answered(**{"Set-Cookie": SECRET, "x-request-id": "req_1"}))
+    feed(trace, arrived(chat_body(ANSWER), seconds=1.0), said(ANSWER, seconds=1.0))
+    feed(trace, note("event", rs.ServerSentEvent("message", ANSWER, ANSWER)))
+    feed(trace, retried(why=f"Incorrect API key provided: {SECRET}"))
+    feed(trace, note("restart", retried().data))
+    feed(trace, note("error", failure(text=ANSWER), why="failed: Bearer abcdefghij"))
+    trace.save(str(tmp_path / "trace.jsonl"))
+    for text in (trace.report(), (tmp_path / "trace.jsonl").read_text()):
+        assert SECRET not in text
+        assert ANSWER not in text
+        assert "user:pw" not in text
+        assert "abcdefghij" not in text
+        assert "req_1" in text
+
+
+def test_rate_limits_count_tokens_and_are_shown():
+    trace = rs.StreamTrace()
+    feed(trace, begin(), asked(), answered(**{"x-ratelimit-remaining-tokens": "149"}))
+    assert "x-ratelimit-remaining-tokens: 149" in trace.report()
+
+
+def test_a_long_trace_keeps_its_first_and_last_part(tmp_path):
+    trace = rs.StreamTrace(first=3, last=4)
+    feed(trace, begin(), asked(), answered())
+    for n in range(100):
+        feed(trace, arrived(b"x", seconds=10.0 * n))
+    feed(trace, note("error", failure(), seconds=2000.0))
+    rows = timeline(trace)
+    assert [row[0] for row in rows[:4]] == ["start", "request", "response", "left out"]
+    assert [row[0] for row in rows[4:]] == ["gap", "gap", "gap", "error"]
+    assert "97 entries left out here" in trace.report()
+    trace.save(tmp_path / "trace.jsonl")
+    saved_lines = (tmp_path / "trace.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in saved_lines]
+    assert len(lines) == 1 + 8 + 8
+    assert [line["what"] for line in lines].count("left out") == 2
+    assert trace.summary()["chunks"] == 100
+
+
+def test_nothing_is_said_to_be_left_out_of_a_trace_that_just_fits():
+    trace = rs.StreamTrace(first=2, last=2)
+    feed(trace, begin(), asked(), answered(), note("complete", result_of()))
+    assert "left out" not in trace.report()
+
+
+def test_many_pings_take_one_line():
+    trace = rs.StreamTrace()
+    feed(trace, begin(), asked(), answered(seconds=0.0))
+    for n in range(1, 40):
+        feed(trace, arrived(b": keep-alive\n\n", seconds=n / 2))
+    for n in range(40, 60):
+        feed(trace, arrived(b"event: ping\ndata: {}\n\n", seconds=n / 2))
+        event = rs.ServerSentEvent("ping", "{}", "")
+        feed(trace, note("event", event, seconds=n / 2))
+    assert [row[0] for row in timeline(trace)].count("ping") == 1
+    assert "count=59 until=29.5" in trace.report()
+    assert trace.summary()["pings"] == 59
+
+
+def test_a_colon_inside_a_line_is_no_ping():
+    trace = rs.StreamTrace()
+    feed(trace, begin(), asked(), answered())
+    feed(trace, arrived(b"data", seconds=0.1), arrived(b": x\n\n", seconds=0.2))
+    assert trace.summary()["pings"] == 0
+
+
+def test_silence_under_pings_is_a_gap_between_deltas():
+    trace = rs.StreamTrace(gap=2.0)
+    feed(trace, begin(), asked(), answered(), arrived(b"x", seconds=0.5))
+    feed(trace, said("a", seconds=0.5), arrived(b": ping\n\n", seconds=2.0))
+    feed(trace, arrived(b"x", seconds=3.5), said("b", seconds=3.5))
+    assert ("gap", 3.5, 1) in timeline(trace)
+    assert "3.000 s without a delta, though bytes came" in trace.report()
+
+
+def test_one_silence_is_told_once():
+    trace = rs.StreamTrace()
+    feed(trace, begin(), asked(), answered(), arrived(b"x", seconds=0.5))
+    feed(trace, said("a", seconds=0.5))
+    feed(trace, arrived(b"x", seconds=3.5), said("b", seconds=3.5))
+    assert [row[0] for row in timeline(trace)].count("gap") == 1
+    feed(trace, arrived(b": ping\n\n", seconds=4.0), said("c", seconds=6.0))
+    assert [row[0] for row in timeline(trace)].count("gap") == 2
+
+
+def test_starting_over_is_no_seam():
+    trace = rs.StreamTrace()
+    feed(trace, begin(), asked(), said("half", seconds=1.0))
+    feed(trace, note("restart", retried().data, seconds=2.0), asked(2, seconds=2.0))
+    feed(trace, said("whole", seconds=3.0, attempt=2))
+    assert "seam" not in [row[0] for row in timeline(trace)]
+    assert "void_characters=4" in trace.report()
+
+
+def test_chunk_analysis_tells_sizes_read_times_and_gaps():
+    trace = rs.StreamTrace()
+    feed(trace, begin(), asked(), answered(seconds=0.0))
+    seconds = 0.0
+    for n in range(100):
+        seconds += 0.5 if n % 10 == 9 else 0.002
+        feed(trace, arrived(b"x" * (n + 1), seconds=seconds))
+    facts = trace.summary()
+    assert facts["chunk_bytes"]["min"] == 1 and facts["chunk_bytes"]["max"] == 100
+    assert facts["chunk_bytes"]["mean"] == 50.5
+    assert facts["chunk_bytes"]["p50"] == pytest.approx(50, rel=0.05)
+    assert facts["chunk_waits"]["max"] == 0.5
+    assert facts["chunk_waits"]["mean"] == pytest.approx(0.0518)
+    assert "sizes       min 1 B, mean 50.5 B, p50" in trace.report()
+    assert "max 0.5 s" in trace.report()
+    bars = re.findall(r"to (\S+) s +(\d+)  ?(#*)", trace.report())
+    counts = [int(count) for _, count, _ in bars]
+    assert sum(counts) == 100
+    assert (counts[0], counts[-1]) == (90, 10)
+    assert len(bars[0][2]) == 40 and len(bars[-1][2]) == 5
+
+
+def test_a_saved_trace_is_ascii_json_lines(tmp_path):
+    trace = rs.StreamTrace()
+    feed(trace, begin(model="m\u00f6del"), asked(), said("x", seconds=0.5))
+    feed(trace, note("event", rs.ServerSentEvent("delta", "{}", ""), seconds=0.6))
+    feed(trace, note("error", failure(), seconds=1.0, why="caf\u00e9"))
+    trace.save(tmp_path / "trace.jsonl")
+    lines = (tmp_path / "trace.jsonl").read_bytes().decode("ascii").splitlines()
+    facts = [json.loads(line) for line in lines]
+    assert facts[0]["what"] == "summary" and facts[0]["model"] == "m\u00f6del"
+    whats = [fact["what"] for fact in facts[1:]]
+    assert whats == ["start", "request", "token", "first delta", "event", "error"]
+    assert facts[3]["characters"] == 1
+    assert (facts[5]["event"], facts[5]["characters"]) == ("delta", 2)
+    assert facts[-1]["why"] == "caf\u00e9"
+
+
+def traced(body):
+    trace = rs.StreamTrace()
+    stream = rs.ChatStream.replay(body)
+    stream.observe(trace)
+    with contextlib.suppress(rs.StreamingError):
+        list(stream)
+    return trace, stream
+
+
+def test_a_saved_body_replays_to_the_same_text(tmp_path):
+    body = chat_body("caf\u00e9", " ", "au lait")
+    trace, stream = traced(body)
+    trace.save_raw(tmp_path / "body.sse")
+    assert (tmp_path / "body.sse").read_bytes() == body
+    again = rs.ChatStream.replay((tmp_path / "body.sse").read_bytes())
+    assert "".join(again) == stream.text == "caf\u00e9 au lait"
+
+
+def test_the_saved_body_is_that_of_the_last_request_answered_with_one(tmp_path):
+    trace = rs.StreamTrace()
+    feed(trace, begin(), asked(), answered(), arrived(b"cut ", seconds=1.0))
+    feed(trace, asked(2), answered(attempt=2), arrived(b"who", seconds=2.0, attempt=2))
+    feed(trace, arrived(b"le", seconds=2.5, attempt=2))
+    feed(trace, asked(3), answered(503, attempt=3))
+    trace.save_raw(tmp_path / "body")
+    assert (tmp_path / "body").read_bytes() == b"whole"
+
+
+def test_a_body_longer_than_the_limit_is_not_saved_in_part(tmp_path):
+    trace = rs.StreamTrace(raw_limit=10)
+    feed(trace, begin(), asked(), answered())
+    feed(trace, arrived(b"123456", seconds=0.1), arrived(b"789012", seconds=0.2))
+    with pytest.raises(ValueError, match=r"raw_limit=12"):
+        trace.save_raw(tmp_path / "body")
+    assert not (tmp_path / "body").exists()
+    assert len(trace._log.raw) == 0
+
+
+def test_a_trace_given_to_several_streams_follows_the_last():
+    trace = rs.StreamTrace()
+    feed(trace, begin(1, model="old"), note("chunk", b"1234"), begin(2, model="new"))
+    feed(trace, note("chunk", b"56", stream=2), note("complete", result_of()))
+    facts = trace.summary()
+    assert (facts["model"], facts["bytes"], facts["end"]) == ("new", 2, "running")
+
+
+@pytest.mark.parametrize("name", ["first", "last", "gap", "raw_limit"])
+def test_a_trace_refuses_a_negative_size(name):
+    with pytest.raises(ValueError, match="negative"):
+        rs.StreamTrace(**{name: -1})
+
+
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [("first", 200), ("last", 800), ("gap", 1.0), ("raw_limit", 8 * 2**20)],
+)
+def test_defaults_of_a_trace_are_as_documented(name, default):
+    assert inspect.signature(rs.StreamTrace).parameters[name].default == default
+
+
+def test_a_trace_of_a_real_failure_tells_what_and_when():
+    trace, _ = traced(cut_body("half"))
+    assert timeline(trace)[-1][0] == "error"
+    assert "error=IncompleteStreamError" in trace.report()
+    assert trace.summary()["deltas"] == {"text": 1}
+    assert "half" not in trace.report()
+
+
+def test_a_printed_trace_is_its_report():
+    trace, _ = traced(chat_body("x"))
+    assert str(trace) == trace.report()
+
+
+# ---------------------------------------------------------------------------
+# 14. Notebook display
+# ---------------------------------------------------------------------------
+
+
+class FakeCell:
+    """Stands in for IPython.display and keeps what a cell showed."""
+
+    def __init__(self, monkeypatch):
+        self.shown = []
+        display = types.ModuleType("IPython.display")
+        display.Markdown = lambda text: text
+        display.display = self.display
+        package = types.ModuleType("IPython")
+        package.display = display
+        package.get_ipython = lambda: self
+        monkeypatch.setitem(sys.modules, "IPython", package)
+        monkeypatch.setitem(sys.modules, "IPython.display", display)
+
+    def display(self, value, *, display_id):
+        assert display_id is True
+        self.shown.append(value)
+        return self
+
+    def update(self, value):
+        self.shown.append(value)
+
+
+@pytest.fixture
+def cell(monkeypatch):
+    return FakeCell(monkeypatch)
+
+
+@pytest.fixture
+def no_notebook(monkeypatch):
+    monkeypatch.setitem(sys.modules, "IPython", None)
+    monkeypatch.setitem(sys.modules, "IPython.display", None)
+
+
+class Scripted:
+    """A stream that gives its observers what the script says."""
+
+    def __init__(self, *script):
+        self.script = script
+        self.text = ""
+        self.closed = 0
+
+    def observe(self, observer):
+        self.observer = observer
+
+    def complete(self):
+        for step in self.script:
+            if isinstance(step, BaseException):
+                raise step
+            feed(self.observer, step)
+        return "result"
+
+    def close(self):
+        self.closed += 1
+
+
+def test_show_displays_the_text_and_returns_the_result(cell):
+    result = rs.ChatStream.replay(chat_body("Hello", ", *you*")).show()
+    assert cell.shown[-1] == "Hello, *you*" == result.text
+    assert result.finish_reason == "stop"
+
+
+def test_show_updates_at_most_twenty_times_a_second(cell):
+    script = [said(f"{n} ", seconds=n / 1000) for n in range(1001)]
+    rs._show_live(Scripted(*script))
+    assert cell.shown[-1] == "".join(f"{n} " for n in range(1001))
+    assert 15 <= len(cell.shown) <= 23  # one empty, twenty in time, one at the end
+
+
+def test_show_shows_visible_text_only(cell):
+    other = note("token", rs.Delta("text", "second choice", 1, None), seconds=1.0)
+    rs._show_live(Scripted(said("thought", kind="reasoning"), other, said("said")))
+    assert cell.shown[-1] == "said"
+
+
+def test_a_ping_shows_what_came_just_after_an_update(cell):
+    late = [said("a", seconds=1.0), said("b", seconds=1.01)]
+    rs._show_live(Scripted(*late, note("chunk", b": ping\n\n", seconds=1.1)))
+    assert cell.shown == ["", "a", "ab"]
+    rs._show_live(Scripted(*late))
+    assert cell.shown[3:] == ["", "a", "ab"]
+
+
+def test_show_takes_back_what_starting_over_replaced(cell):
+    again = note("restart", retried().data, seconds=2.0)
+    rs._show_live(
+        Scripted(said("half", seconds=1.0), again, said("whole", seconds=3.0))
+    )
+    assert cell.shown == ["", "half", "", "whole"]
+
+
+def test_show_repaints_what_it_was_not_told_of_only_if_something_lacks(cell):
+    again = note("restart", retried().data, seconds=2.0)
+    stream = Scripted(said("half", seconds=1.0), again, said("new", seconds=3.0))
+    stream.text = ""
+    live = rs._Live(rs._MarkdownCell(sys.modules["IPython.display"]), "")
+    stream.observe(live)
+    stream.complete()
+    live.finish("new")
+    assert cell.shown == ["", "half", "", "new"]
+    live.finish("anew")
+    assert cell.shown[-1] == "anew"
+
+
+def test_an_interrupt_leaves_the_partial_text_and_closes_and_goes_on(cell):
+    stream = Scripted(
+        said("a", seconds=1.0), said("b", seconds=1.01), KeyboardInterrupt()
+    )
+    with pytest.raises(KeyboardInterrupt):
+        rs._show_live(stream)
+    assert cell.shown[-1] == "ab"
+    assert stream.closed
+
+
+def test_an_error_fails_the_cell_after_the_partial_text_is_shown(cell):
+    with pytest.raises(rs.IncompleteStreamError):
+        rs.ChatStream.replay(cut_body("half", " of it")).show()
+    assert cell.shown[-1] == "half of it"
+
+
+def test_without_ipython_show_prints_each_delta_at_once(no_notebook, capsys):
+    heard = []
+    last = types.SimpleNamespace(what="probe")
+    stream = Scripted(said("caf\u00e9 "), last)
+    stream.observe = lambda live: setattr(stream, "observer", live)
+    rs._Live.on_probe = lambda self, _: heard.append(capsys.readouterr().out)
+    try:
+        rs._show_live(stream)
+    finally:
+        del rs._Live.on_probe
+    assert heard == ["caf\u00e9 "]
+
+
+def test_printed_text_says_so_when_the_answer_starts_over(no_notebook, capsys):
+    again = note("restart", retried().data, seconds=2.0)
+    rs._show_live(Scripted(said("half"), again, said("whole", seconds=3.0)))
+    assert capsys.readouterr().out == "half\n[again from the start]\nwhole"
+
+
+def test_a_stdout_without_bytes_below_it_is_written_to_as_text(
+    no_notebook, monkeypatch
+):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    rs.ChatStream.replay(chat_body("caf\u00e9")).show()
+    assert sys.stdout.getvalue() == "caf\u00e9"
+
+
+def test_show_shows_what_was_read_before_too(cell):
+    stream = rs.ChatStream.replay(chat_body("first", " second"))
+    next(stream)
+    assert stream.show().text == "first second" == cell.shown[-1]
+    assert rs._show_live(stream).text == "first second" == cell.shown[-1]
+
+
+@pytest.mark.parametrize("shell", [None, type("TerminalInteractiveShell", (), {})()])
+def test_where_markdown_cannot_be_replaced_the_text_is_printed(cell, shell, capsys):
+    sys.modules["IPython"].get_ipython = lambda: shell
+    rs.ChatStream.replay(chat_body("plain")).show()
+    assert capsys.readouterr().out == "plain"
+    assert cell.shown == []
+
+
+@pytest.fixture
+def shell():
+    module = pytest.importorskip("IPython.core.interactiveshell")
+    shell = module.InteractiveShell.instance()
+    shell.user_ns.update(rs=rs, body=chat_body("Hello"), cut=cut_body("half"))
+    yield shell
+    module.InteractiveShell.clear_instance()
+
+
+def test_a_stream_as_the_value_of_a_cell_shows_itself(shell, capsys):
+    assert shell.run_cell("s = rs.ChatStream.replay(body)\ns").success
+    assert shell.user_ns["s"].text == "Hello"
+    assert "Markdown" in capsys.readouterr().out
+
+
+def test_a_failing_stream_as_the_value_of_a_cell_fails_it(shell, capsys):
+    outcome = shell.run_cell("rs.ChatStream.replay(cut)")
+    assert not outcome.success
+    assert isinstance(outcome.error_in_exec, rs.IncompleteStreamError)
+    assert "IncompleteStreamError" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------
+# 15. Command line
+# ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(body, name="body.sse"):
+        (tmp_path / name).write_bytes(body)
+        return str(tmp_path / name)
+
+    return save
+
+
+@pytest.fixture
+def asked_for(monkeypatch):
+    """Answers stream_chat from a saved body; holds what it was asked for."""
+    calls = []
+    real = rs.stream_chat
+
+    @functools.wraps(real)
+    def fake(*args, **options):
+        calls.append((args, options))
+        outcome = fake.outcome
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return rs.ChatStream.replay(outcome)
+
+    fake.outcome = chat_body("Hello")
+    fake.calls = calls
+    monkeypatch.setattr(rs, "stream_chat", fake)
+    return fake
+
+
+def command(*arguments, **options):
+    """Run the module's file as a script in a process of its own."""
+    options["env"] = {**os.environ, **options.get("env", {})}
+    script = [sys.executable, *options.pop("script", [rs.__file__]), *arguments]
+    return subprocess.run(
+        script, capture_output=True, timeout=60, check=False, **options
+    )
+
+
+def test_the_text_goes_to_stdout_and_nothing_else_does(asked_for, capsysbinary):
+    assert rs.main(["--model", "m", "Tell me"]) == 0
+    out, err = capsysbinary.readouterr()
+    assert out == b"Hello"
+    assert err == b""
+    (arguments, options), *_ = asked_for.calls
+    assert arguments == ("Tell me", "m")
+    assert options["dialect"] == "openai" and options["resume"] == "auto"
+    assert options["timeouts"] == rs.Timeouts() and options["retry"] == rs.Retry()
+    assert options["api_key"] is None
+
+
+def test_options_reach_the_stream(asked_for, saved):
+    line = "--dialect anthropic --base-url http://x/v1 --resume never --attempts 2 "
+    line += "--total 5 --idle none --first-token 1.5 --model m "
+    line += "--param seed=7 --param stop=[1,2] --param user=me --key-file"
+    rs.main([*line.split(), saved(b" the key\n", "key"), "x"])
+    (_, options), *_ = asked_for.calls
+    assert (options["dialect"], options["base_url"]) == ("anthropic", "http://x/v1")
+    assert (options["resume"], options["retry"]) == ("never", rs.Retry(attempts=2))
+    assert options["timeouts"] == rs.Timeouts(total=5.0, idle=None, first_token=1.5)
+    assert (options["seed"], options["stop"]) == (7, [1, 2])
+    assert (options["user"], options["api_key"]) == ("me", "the key")
+
+
+@pytest.mark.parametrize("arguments", [["-"], []], ids=["dash", "pipe"])
+def test_the_prompt_may_come_through_a_pipe(asked_for, monkeypatch, arguments):
+    pipe = io.TextIOWrapper(io.BytesIO("caf\u00e9?\n".encode()), encoding="ascii")
+    monkeypatch.setattr(sys, "stdin", pipe)
+    assert rs.main(["--model", "m", *arguments]) == 0
+    assert asked_for.calls[0][0][0] == "caf\u00e9?\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--unknown"],
+        ["--dialect", "klingon", "x"],
+        ["--param", "novalue", "x"],
+        ["--idle", "soon", "x"],
+        ["--idle", "-1", "x"],
+        ["--attempts", "0", "x"],
+        ["--quiet", "--verbose", "x"],
+        ["--api-key", SECRET, "x"],
+        ["--param", "api_key=" + SECRET, "x"],
+        ["--param", "timeout=3", "x"],
+        ["-"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_is_status_2_before_any_request(
+    arguments, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert rs.main(["--model", "m", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err
+    assert SECRET not in err or "unrecognized" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("StreamingError", 1),
+        ("StreamConnectionError", 3),
+        ("StreamTimeoutError", 4),
+        ("ResumeMismatchError", 5),
+        ("IncompleteStreamError", 6),
+        ("APIError", 7),
+        ("MalformedStreamError", 8),
+        ("StreamLimitError", 9),
+        ("StreamAbortedError", 10),
+    ],
+)
+def test_the_exit_status_says_how_the_stream_ended(asked_for, capsys, name, status):
+    asked_for.outcome = failure(getattr(rs, name))
+    assert rs.main(["--model", "m", "x"]) == status
+    assert f"{name}: it broke" in capsys.readouterr().err
+
+
+def test_help_lists_every_exit_status(capsys):
+    assert rs.main(["--help"]) == 0
+    listed = re.findall(r"^ +(\d+)  \w", capsys.readouterr().out, re.MULTILINE)
+    assert [int(code) for code in listed] == [*range(11), 130, 141]
+
+
+def test_an_interrupt_ends_with_130_and_keeps_what_came(
+    asked_for, tmp_path, capsysbinary
+):
+    def interrupted():
+        yield cut_body("half")
+        os.kill(os.getpid(), signal.SIGINT)
+        yield b": never looked at"
+
+    asked_for.outcome = interrupted()
+    trace = str(tmp_path / "trace")
+    assert rs.main(["--model", "m", "--trace", trace, "x"]) == 130
+    out, err = capsysbinary.readouterr()
+    assert (out, err) == (b"half", b"")
+    assert "error=StreamAbortedError" in (tmp_path / "trace").read_text()
+
+
+def test_a_broken_stream_prints_what_came_and_fails(saved, capsysbinary):
+    assert rs.main(["--replay", saved(cut_body("half"))]) == 6
+    out, err = capsysbinary.readouterr()
+    assert out == b"half"
+    assert b"IncompleteStreamError" in err
+
+
+def test_json_is_one_ascii_line_with_the_whole_result(saved, capsysbinary):
+    assert rs.main(["--json", "--replay", saved(chat_body("caf\u00e9\n", "!"))]) == 0
+    out = capsysbinary.readouterr().out
+    assert out.count(b"\n") == 1 and out.isascii()
+    result = json.loads(out)
+    assert result["text"] == "caf\u00e9\n!"
+    assert result["finish_reason"] == "stop"
+    assert result["stats"]["deltas"] == 2 and result["usage"] is None
+    assert [made["attempt"] for made in result["history"]] == [1]
+
+
+def test_json_of_a_failure_names_the_error_and_keeps_the_text(saved, capsysbinary):
+    assert rs.main(["--json", "--replay", saved(cut_body("half"))]) == 6
+    result = json.loads(capsysbinary.readouterr().out)
+    assert result["error"]["error"] == "IncompleteStreamError"
+    assert result["text"] == "half"
+
+
+def test_facts_go_to_stderr_when_asked_for_or_a_terminal(saved, capsys, monkeypatch):
+    body = saved(chat_body("x"))
+    rs.main(["--replay", body])
+    assert capsys.readouterr().err == ""
+    rs.main(["--verbose", "--replay", body])
+    assert "complete" in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    rs.main(["--replay", body])
+    assert "complete" in capsys.readouterr().err
+    rs.main(["--quiet", "--replay", body])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_sees_what_went_wrong_and_verbose_shows_every_step(
+    asked_for, capsys, monkeypatch
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    rs.main(["--model", "m", "x"])
+    assert "request" not in capsys.readouterr().err
+    rs.main(["--verbose", "--model", "m", "x"])
+    steps = re.findall(r" s: (\w+):", capsys.readouterr().err)
+    assert steps == ["start", "request", "response", "complete"]
+
+
+def test_no_stderr_is_no_reason_to_fail(saved, monkeypatch, capsysbinary):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert rs.main(["--verbose", "--replay", saved(cut_body("half"))]) == 6
+    assert capsysbinary.readouterr().out == b"half"
+
+
+def test_on_a_terminal_the_answer_ends_its_line_and_cannot_steer_it(
+    saved, capsys, monkeypatch
+):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    rs.main(["--replay", saved(chat_body("a\x1b[2J", "b"))])
+    assert capsys.readouterr().out == "a\ufffd[2Jb\n"
+
+
+def test_a_trace_and_the_raw_body_are_written_also_after_a_failure(saved, tmp_path):
+    body = cut_body("half")
+    options = ["--trace", str(tmp_path / "t"), "--save-raw", str(tmp_path / "r")]
+    assert rs.main([*options, "--replay", saved(body)]) == 6
+    assert "IncompleteStreamError" in (tmp_path / "t").read_text()
+    assert (tmp_path / "r").read_bytes() == body
+
+
+def test_a_trace_that_cannot_be_written_ends_it_before_the_request(
+    asked_for, tmp_path, capsysbinary
+):
+    missing = str(tmp_path / "no" / "where")
+    assert rs.main(["--model", "m", "--trace", missing, "x"]) == 1
+    out, err = capsysbinary.readouterr()
+    assert out == b"" and b"where" in err
+
+
+def test_a_missing_file_is_status_1(tmp_path, capsys):
+    assert rs.main(["--replay", str(tmp_path / "missing")]) == 1
+    assert "missing" in capsys.readouterr().err
+
+
+def test_a_saved_body_is_that_of_the_last_request_answered_with_one():
+    file = io.BytesIO()
+    raw = rs._RawFile(file)
+    feed(raw, answered(), arrived(b"cut short", seconds=1.0), answered(503))
+    assert file.getvalue() == b"cut short"
+    feed(raw, answered(), arrived(b"who", seconds=2.0), arrived(b"le", seconds=3.0))
+    assert file.getvalue() == b"whole"
+
+
+def test_a_terminal_is_not_waited_at_for_a_prompt(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("never read"))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert rs.main(["--model", "m"]) == 2
+    assert "no prompt" in capsys.readouterr().err
+
+
+def test_json_hides_what_a_server_set(asked_for, capsys, monkeypatch):
+    stream = rs.ChatStream.replay(chat_body("x"))
+    result = stream.complete()._replace(headers={"Set-Cookie": SECRET})
+    monkeypatch.setattr(rs.ChatStream, "complete", lambda self: result)
+    assert rs.main(["--json", "--model", "m", "x"]) == 0
+    out = capsys.readouterr().out
+    assert "Set-Cookie" in out and SECRET not in out
+
+
+def test_the_version_comes_with_the_digest_of_the_file(capsys):
+    assert rs.main(["--version"]) == 0
+    with open(rs.__file__, "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    assert capsys.readouterr().out.split() == [
+        "resilient_sse",
+        rs.__version__,
+        "sha256:" + digest,
+    ]
+
+
+def test_the_script_writes_utf8_whatever_the_locale(saved):
+    env = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    done = command("--replay", saved(chat_body("caf\u00e9 \U0001f600")), env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode("utf-8") == "caf\u00e9 \U0001f600"
+
+
+@pytest.mark.parametrize("argument", ["--version", "--replay"])
+def test_a_closed_pipe_ends_the_script_without_complaint(argument, saved):
+    body = [saved(chat_body(*["word " * 1000] * 100))]
+    reading, writing = os.pipe()
+    os.close(reading)
+    script = [sys.executable, rs.__file__, argument, *body[argument != "--replay" :]]
+    process = subprocess.Popen(script, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (141, b"")
+
+
+def test_no_stdout_is_a_closed_pipe(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert rs.main(["--version"]) == 141
+
+
+def test_the_module_runs_by_name(saved):
+    folder, name = os.path.split(os.path.splitext(rs.__file__)[0])
+    body = saved(chat_body("hi"))
+    done = command("--replay", body, script=["-m", name], cwd=folder)
+    assert (done.returncode, done.stdout) == (0, b"hi")
+
+
+# ---------------------------------------------------------------------------
+# 17. Dashboard: examples/dashboard.py
+# ---------------------------------------------------------------------------
+# Over plain HTTP what a script would see, in a headless Chromium what a person would.
+
+
+HTML_IN_AN_ERROR = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+
+
+def dash_record(what: str, stream: int, seconds: float, data: Any) -> rs.StreamRecord:
+    return rs.StreamRecord(what, stream, seconds, 1, str(data), data)
+
+
+def dash_start(monitor: rs.StreamMonitor, stream: int, model: str = "m") -> None:
+    facts = {"model": model, "dialect": "openai", "url": "http://127.0.0.1/v1"}
+    monitor.on_start(dash_record("start", stream, 0.0, facts))
+
+
+def dash_fail(monitor: rs.StreamMonitor, stream: int, message: str) -> None:
+    error = rs.APIError(message, status=503, code=message[:80])
+    monitor.on_error(dash_record("error", stream, 1.5, error))
+
+
+def dash_ask(
+    url: str, path: str, method: str = "GET", **headers: str
+) -> tuple[http.client.HTTPResponse, str]:
+    """The answer to one request, and its body."""
+    host, port = url[len("http://") :].split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=20)
+    with contextlib.closing(connection):
+        connection.request(method, path, headers=headers)
+        response = connection.getresponse()
+        return response, response.read().decode("utf-8")
+
+
+@pytest.fixture
+def dash_monitor() -> rs.StreamMonitor:
+    return rs.StreamMonitor()
+
+
+@pytest.fixture
+def dash_page(dash_monitor: rs.StreamMonitor) -> Iterator[dashboard.Dashboard]:
+    with dashboard.serve(dash_monitor) as page:
+        yield page
+
+
+def test_the_dashboard_serves_the_monitors_report_as_it_is_now(
+    dash_monitor: rs.StreamMonitor, dash_page: dashboard.Dashboard
+) -> None:
+    for started in range(3):
+        response, body = dash_ask(dash_page.url, "/report.json")
+        assert response.status == 200
+        assert response.getheader("Content-Type") == "application/json"
+        assert json.loads(body)["started"] == started
+        assert json.loads(body).keys() == dash_monitor.report().keys()
+        dash_start(dash_monitor, started)
+
+
+def test_the_dashboards_metrics_are_what_prometheus_reads(
+    dash_monitor: rs.StreamMonitor, dash_page: dashboard.Dashboard
+) -> None:
+    parser = pytest.importorskip("prometheus_client.parser")
+    dash_start(dash_monitor, 1)
+    response, body = dash_ask(dash_page.url, "/metrics")
+    assert response.getheader("Content-Type").startswith("text/plain; version=0.0.4")
+    families = {f.name: f for f in parser.text_string_to_metric_families(body)}
+    assert families["resilient_sse_active_streams"].samples[0].value == 1
+
+
+def test_the_dashboards_page_needs_nothing_from_elsewhere(
+    dash_page: dashboard.Dashboard,
+) -> None:
+    response, body = dash_ask(dash_page.url, "/?anything")
+    assert response.getheader("Content-Type") == "text/html; charset=utf-8"
+    policy = response.getheader("Content-Security-Policy")
+    assert policy.startswith("default-src 'none'")
+    assert "unsafe" not in policy
+    addresses = set(
+        re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'>\s)]+)""", body)
+    )
+    assert {a.split(":")[0] for a in addresses} == {"data", "/report.json", "/metrics"}
+    assert not re.search("innerHTML|insertAdjacentHTML|document.write", body)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1", 200),
+        ("127.0.0.1:8000", 200),
+        ("LOCALHOST:1", 200),
+        ("evil.example", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("localhost.evil.example:80", 403),
+        ("evil.example:127.0.0.1", 403),
+        ("", 403),
+    ],
+)
+def test_the_dashboard_answers_only_to_this_machines_own_names(
+    dash_page: dashboard.Dashboard, host: str, status: int
+) -> None:
+    for path in ("/", "/report.json", "/metrics"):
+        assert dash_ask(dash_page.url, path, Host=host)[0].status == status
+
+
+@pytest.mark.parametrize("method", ["HEAD", "POST", "PUT", "DELETE", "OPTIONS", "ODD"])
+def test_the_dashboard_knows_only_get(
+    dash_page: dashboard.Dashboard, method: str
+) -> None:
+    response, _ = dash_ask(dash_page.url, "/report.json", method)
+    assert response.status == 405
+    assert response.getheader("Allow") == "GET"
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/favicon.ico", 204),
+        ("/<script>alert(1)</script>", 404),
+        ("/../setup.cfg", 404),
+        ("/report.json/", 404),
+    ],
+)
+def test_the_dashboard_says_of_other_paths_that_there_is_nothing(
+    dash_page: dashboard.Dashboard, path: str, status: int
+) -> None:
+    response, body = dash_ask(dash_page.url, path)
+    assert response.status == status
+    assert "script" not in body
+    assert response.getheader("Content-Security-Policy").startswith("default-src")
+    assert response.getheader("X-Content-Type-Options") == "nosniff"
+    assert "Python" not in (response.getheader("Server") or "")
+
+
+def test_the_dashboards_report_stays_small_with_thousands_of_streams(
+    dash_monitor: rs.StreamMonitor, dash_page: dashboard.Dashboard
+) -> None:
+    for stream in range(6000):
+        dash_start(dash_monitor, stream, "model " * 100)
+        if stream % 2:
+            dash_fail(dash_monitor, stream, f"\U0001f600{stream}" * 100)
+    began = time.monotonic()
+    sizes = [len(dash_ask(dash_page.url, "/report.json")[1]) for _ in range(20)]
+    assert time.monotonic() - began < 20
+    assert max(sizes) < 400_000  # the worst there is: text that JSON writes at length
+    report = json.loads(dash_ask(dash_page.url, "/report.json")[1])
+    assert (report["active"], report["failed"]) == (3000, 3000)
+    assert len(report["streams"]) <= 100
+
+
+def test_a_dashboard_serves_many_viewers_at_once_while_streams_run(
+    dash_monitor: rs.StreamMonitor, dash_page: dashboard.Dashboard
+) -> None:
+    seen: list[int] = []
+
+    def watch() -> None:
+        for _ in range(10):
+            seen.append(dash_ask(dash_page.url, "/report.json")[0].status)
+
+    viewers = [threading.Thread(target=watch) for _ in range(8)]
+    for viewer in viewers:
+        viewer.start()
+    for stream in range(2000):
+        dash_start(dash_monitor, stream)
+        dash_fail(dash_monitor, stream, "overloaded")
+    for viewer in viewers:
+        viewer.join(30)
+    assert seen == [200] * 80
+
+
+def test_a_closed_dashboard_frees_its_port_and_can_be_closed_again(
+    dash_monitor: rs.StreamMonitor,
+) -> None:
+    page = dashboard.serve(dash_monitor)
+    port = int(page.url.rsplit(":", 1)[1])
+    page.close()
+    page.close()
+    with pytest.raises(OSError):
+        dash_ask(page.url, "/")
+    with dashboard.serve(dash_monitor, port) as second:
+        assert second.url == page.url
+        assert dash_ask(second.url, "/")[0].status == 200
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_the_dashboard_as_a_program_watches_a_demonstration_until_ctrl_c() -> None:
+    command = [sys.executable, dashboard.__file__, "--lifetime", "60"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            url = process.stdout.readline().split()[1]  # type: ignore[union-attr]
+            dash_until(
+                lambda: json.loads(dash_ask(url, "/report.json")[1])["completed"]
+            )
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+
+
+def dash_until(check: Callable[[], Any], seconds: float = 30.0) -> Any:
+    """Ask again and again, until there is an answer."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        answer = check()
+        if answer:
+            return answer
+        time.sleep(0.05)
+    raise AssertionError(f"not within {seconds} s: {check}")
+
+
+# -- in a browser: Chromium by its DevTools protocol over a pair of pipes, which needs
+# neither a driver nor a package
+
+
+class DashBrowser:
+    """A headless Chromium with one page open."""
+
+    def __init__(self, program: str, home: str) -> None:
+        to_browser, self._write_end = os.pipe()
+        self._read_end, from_browser = os.pipe()
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--disable-dev-shm-usage",
+            "--remote-debugging-pipe",
+        ]
+        # The browser expects the pipes as its descriptors 3 and 4.
+        script = f'exec "$@" 3<&{to_browser} 4>&{from_browser}'
+        self._process = subprocess.Popen(
+            ["bash", "-c", script, "bash", program, *options]
+            + [f"--user-data-dir={home}", "about:blank"],
+            pass_fds=(to_browser, from_browser),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(to_browser)
+        os.close(from_browser)
+        self._numbers = itertools.count(1)
+        self._buffer = b""
+        self.events: list[dict[str, Any]] = []
+        self._session: str | None = None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(domain + ".enable")
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """The result of one command; what is heard meanwhile goes to ``events``."""
+        number = next(self._numbers)
+        message: dict[str, Any] = {"id": number, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._write_end, json.dumps(message).encode() + b"\0")
+        while True:
+            heard = self._hear()
+            if heard.get("id") == number:
+                assert "error" not in heard, heard
+                return dict(heard["result"])
+            self.events.append(heard)
+
+    def _hear(self) -> dict[str, Any]:
+        while b"\0" not in self._buffer:
+            data = os.read(self._read_end, 1 << 16)
+            assert data, "the browser has ended"
+            self._buffer += data
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        return dict(json.loads(message.decode("utf-8")))
+
+    def run(self, script: str) -> Any:
+        """The value of an expression in the page."""
+        reply = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in reply, reply
+        return reply["result"].get("value")
+
+    def open(self, url: str, width: int = 1200, scheme: str = "light") -> None:
+        """Show a page, of a width in CSS pixels and in a colour scheme."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.call("Emulation.setEmulatedMedia", features=features)
+        self.call("Page.navigate", url=url)
+        dash_until(lambda: self.run("document.readyState") == "complete")
+
+    def asked_for(self) -> set[str]:
+        """The addresses that the page has asked for."""
+        kind = "Network.requestWillBeSent"
+        told = [e["params"]["request"] for e in self.events if e["method"] == kind]
+        return {request["url"] for request in told}
+
+    def complaints(self) -> list[Any]:
+        """What a developer would see in the console."""
+        self.run("1")
+        kinds = (
+            "Runtime.consoleAPICalled",
+            "Runtime.exceptionThrown",
+            "Log.entryAdded",
+        )
+        return [event for event in self.events if event.get("method") in kinds]
+
+    def close(self) -> None:
+        """End the browser, by its own command or else by force."""
+        self._session = None
+        with contextlib.suppress(OSError, AssertionError):
+            self.call("Browser.close")
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        os.close(self._write_end)
+        os.close(self._read_end)
+
+
+def dash_chromium() -> str:
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    found = [path for path in map(shutil.which, names) if path]
+    if not found:
+        pytest.skip("no Chromium on PATH: apt-get install chromium")
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def dash_browser() -> Iterator[DashBrowser]:
+    if os.name != "posix":
+        pytest.skip("the pipes to Chromium are passed the POSIX way")
+    program = dash_chromium()
+    home = tempfile.mkdtemp()
+    try:
+        with contextlib.closing(DashBrowser(program, home)) as browser:
+            yield browser
+    finally:  # the browser's own processes may still be writing there
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture
+def dash_quiet(dash_browser: DashBrowser) -> Iterator[DashBrowser]:
+    """The browser; fails the test if anything is in the console at its end."""
+    dash_browser.events.clear()
+    yield dash_browser
+    complaints = dash_browser.complaints()
+    dash_browser.open("about:blank")
+    assert complaints == []
+
+
+def dash_card(browser: DashBrowser, title: str) -> str:
+    """The big figure of a card."""
+    place = json.dumps(f'[data-card="{title}"] .big span')
+    return str(browser.run(f"(document.querySelector({place}) || {{}}).textContent"))
+
+
+def dash_rows(browser: DashBrowser) -> list[str]:
+    return list(
+        browser.run("[...document.querySelectorAll('#streams tr')].map(r=>r.innerText)")
+    )
+
+
+@pytest.mark.browser
+def test_figures_on_the_page_change_while_a_stream_runs(
+    dash_quiet: DashBrowser,
+    dash_monitor: rs.StreamMonitor,
+    dash_page: dashboard.Dashboard,
+) -> None:
+    dash_quiet.open(dash_page.url)
+    dash_until(lambda: dash_card(dash_quiet, "Active") == "0")
+    assert dash_card(dash_quiet, "Success rate") == "–"
+    with FlakyServer(text=STORY * 4, delay=0.05) as server:
+        stream = rs.stream_chat(
+            "Tell", "storyteller", base_url=server.url + "/v1", observe=dash_monitor
+        )
+        seen = set()
+        with stream:
+            for _ in stream:
+                seen.add("".join(dash_rows(dash_quiet)))
+                if dash_card(dash_quiet, "Active") == "1" and len(seen) > 3:
+                    break
+            assert len(seen) > 3
+        dash_until(lambda: dash_card(dash_quiet, "Active") == "0")
+    dash_until(lambda: "closed" in dash_rows(dash_quiet)[0])
+    assert "storyteller" in dash_rows(dash_quiet)[0]
+    lines = dash_quiet.run(
+        "[...document.querySelectorAll('svg .line')].map(p => p.getAttribute('d'))"
+    )
+    assert len(lines) == 5
+    assert all(line.startswith("M") for line in lines)
+
+
+@pytest.mark.browser
+def test_a_failed_stream_shows_its_error_on_the_page(
+    dash_quiet: DashBrowser,
+    dash_monitor: rs.StreamMonitor,
+    dash_page: dashboard.Dashboard,
+) -> None:
+    with FlakyServer(script=["fatal-error:3"]) as server:
+        with pytest.raises(rs.APIError):
+            list(
+                rs.stream_chat(
+                    "Tell", "m", base_url=server.url + "/v1", observe=dash_monitor
+                )
+            )
+        dash_quiet.open(dash_page.url)
+        row = dash_until(lambda: dash_rows(dash_quiet))[0]
+    assert "failed" in row
+    assert "APIError" in row
+    assert "The request is invalid" in row
+    assert "APIError" in dash_quiet.run("document.querySelector('#errors').innerText")
+    assert dash_card(dash_quiet, "Success rate").startswith("0")
+
+
+@pytest.mark.browser
+def test_an_error_message_is_text_and_never_markup(
+    dash_quiet: DashBrowser,
+    dash_monitor: rs.StreamMonitor,
+    dash_page: dashboard.Dashboard,
+) -> None:
+    dash_start(dash_monitor, 1, "<b>model</b>")
+    dash_fail(dash_monitor, 1, HTML_IN_AN_ERROR)
+    dash_quiet.open(dash_page.url)
+    row = dash_until(lambda: dash_rows(dash_quiet))[0]
+    assert HTML_IN_AN_ERROR in row
+    assert "<b>model</b>" in row
+    assert (
+        dash_quiet.run("document.querySelectorAll('main img, main script').length") == 0
+    )
+    asked = dash_quiet.asked_for() - {dash_page.url + "/"}
+    assert {url for url in asked if not url.startswith("data:")} == {
+        dash_page.url + "/report.json"
+    }
+
+
+@pytest.mark.browser
+def test_the_page_stays_quick_with_thousands_of_streams(
+    dash_quiet: DashBrowser,
+    dash_monitor: rs.StreamMonitor,
+    dash_page: dashboard.Dashboard,
+) -> None:
+    for stream in range(4000):
+        dash_start(dash_monitor, stream)
+        if stream % 2:
+            dash_fail(dash_monitor, stream, "overloaded")
+    dash_quiet.open(dash_page.url)
+    dash_until(lambda: dash_card(dash_quiet, "Active") == "2,000")
+    assert len(dash_rows(dash_quiet)) == 100
+    dash_quiet.run("document.querySelector('[value=failed]').click()")
+    assert {row.split()[3] for row in dash_rows(dash_quiet)} == {"failed"}
+    took = dash_quiet.run(
+        "(() => { const t = performance.now(); show();"
+        " return performance.now() - t; })()"
+    )
+    assert took < 1000
+
+
+CONTRASTS = """(() => {
+  const parse = text => text.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => {
+    const part = v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+    return .2126 * part(r) + .7152 * part(g) + .0722 * part(b);
+  };
+  const ground = node => {
+    for (; node; node = node.parentElement) {
+      const colour = parse(getComputedStyle(node).backgroundColor);
+      if (colour.length === 3 || colour[3] > .99) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  const found = [];
+  while (walker.nextNode()) {
+    const node = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim() || !node.checkVisibility() ||
+      ["SCRIPT", "STYLE", "NOSCRIPT"].includes(node.tagName)) continue;
+    const a = light(parse(getComputedStyle(node).color)), b = light(ground(node));
+    found.push([(Math.max(a, b) + .05) / (Math.min(a, b) + .05),
+      walker.currentNode.data.trim().slice(0, 40)]);
+  }
+  return found;
+})()"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 800, 1200])
+def test_the_page_is_readable_at_any_width_by_day_and_by_night(
+    dash_quiet: DashBrowser,
+    dash_monitor: rs.StreamMonitor,
+    dash_page: dashboard.Dashboard,
+    width: int,
+    scheme: str,
+) -> None:
+    for stream in range(6):
+        dash_start(dash_monitor, stream, "a-model-with-a-name-that-does-not-end" * 2)
+        if stream % 2:
+            dash_fail(dash_monitor, stream, "x" * 300 if stream == 1 else "words " * 50)
+    dash_quiet.open(dash_page.url, width, scheme)
+    dash_until(lambda: len(dash_rows(dash_quiet)) == 6)
+    assert dash_quiet.run("innerWidth") == width
+    assert dash_quiet.run("document.documentElement.scrollWidth") <= width
+    contrasts = dash_quiet.run(CONTRASTS)
+    assert len(contrasts) > 40
+    assert [pair for pair in contrasts if pair[0] < 4.5] == []
+    ground = dash_quiet.run("getComputedStyle(document.body).backgroundColor")
+    assert (int(re.findall(r"\d+", ground)[0]) < 128) == (scheme == "dark")
+
+
+@pytest.mark.browser
+def test_the_page_says_so_when_its_program_has_ended(
+    dash_browser: DashBrowser, dash_monitor: rs.StreamMonitor
+) -> None:
+    with dashboard.serve(dash_monitor) as page:
+        dash_browser.open(page.url)
+        status = "document.getElementById('status').textContent"
+        dash_until(lambda: dash_browser.run(status) == "live")
+    dash_until(lambda: dash_browser.run(status).startswith("no answer for"))
+    dash_browser.open("about:blank")
+
+
+# ---------------------------------------------------------------------------
+# 18. Notebook: examples/notebook.ipynb, and what a cell does with a stream
+# ---------------------------------------------------------------------------
+
+NOTEBOOK = Path(dashboard.__file__).with_name("notebook.ipynb")
+
+
+def book_text(outputs: list[Any]) -> str:
+    """What the outputs of a cell show, as text."""
+    shown = []
+    for output in outputs:
+        data = output.get("data", {})
+        shown.append(output.get("text") or output.get("ename") or "")
+        shown.append(data.get("text/markdown") or data.get("text/html") or "")
+    return "\n".join(shown)
+
+
+@pytest.mark.notebook
+def test_the_notebook_runs_from_top_to_bottom_without_a_network() -> None:
+    nbformat = pytest.importorskip("nbformat", reason='needs the extra "notebook"')
+    nbclient = pytest.importorskip("nbclient", reason='needs the extra "notebook"')
+    pytest.importorskip("ipykernel", reason='needs the extra "notebook"')
+    book = nbformat.read(str(NOTEBOOK), 4)
+    assert [cell for cell in book.cells if cell.get("outputs")] == []
+    where = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    nbclient.NotebookClient(book, timeout=120, resources=where).execute()
+    cells = [cell for cell in book.cells if cell.cell_type == "code"]
+    shown = {cell.source: book_text(cell.outputs) for cell in cells}
+
+    def of(words: str) -> str:
+        return next(text for source, text in shown.items() if words in source)
+
+    assert of("def flaky") == ""
+    assert STORY in shown["ask()"]
+    assert STORY in of(".show()\n") or STORY in of("drop:3000")
+    assert "exact: True" in of("result.seams")
+    assert "APIError" in of("fatal-error:30")
+    assert "received: 'Once upon a time" in of("fatal-error:30")
+    assert "StreamTimeoutError" in of('resume="never"')
+    assert "Once upon" in of('resume="never"')
+    assert "2 requests: Once upon" in of("complete_chat(")
+    assert "80.0%" in of("StreamMonitor()")
+    assert "the read timeout passed" in of("StreamTrace(")
+
+
+class BookKernel:
+    """A running IPython kernel that has the module, and a server to ask."""
+
+    def __init__(self, base_url: str) -> None:
+        manager = pytest.importorskip(
+            "jupyter_client.manager", reason='needs the extra "notebook"'
+        )
+        pytest.importorskip("ipykernel", reason='needs the extra "notebook"')
+        self.manager, self.client = manager.start_new_kernel(kernel_name="python3")
+        folder = str(Path(rs.__file__).parent)
+        self.run(
+            f"import sys; sys.path.insert(0, {folder!r}); import resilient_sse as rs\n"
+            "def ask(**options):\n"
+            f"    return rs.stream_chat('Tell', 'm', base_url={base_url!r}, **options)"
+        )
+
+    def run(
+        self, code: str, *, interrupt_after: str = ""
+    ) -> tuple[dict[str, Any], str]:
+        """The reply to a cell, and its last Markdown; may be interrupted once that
+        has some words.
+        """
+        number = self.client.execute(code, store_history=True)
+        shown, has_ended, markdown = "", False, ""
+        while not has_ended:
+            message = self.client.get_iopub_msg(timeout=60)
+            if message["parent_header"].get("msg_id") != number:
+                continue
+            content = message["content"]
+            has_ended = content.get("execution_state") == "idle"
+            markdown = content.get("data", {}).get("text/markdown", markdown)
+            if interrupt_after and interrupt_after in markdown:
+                self.manager.interrupt_kernel()
+                interrupt_after = ""
+            shown = markdown
+        return dict(self.client.get_shell_msg(timeout=60)["content"]), shown
+
+    def close(self) -> None:
+        self.client.stop_channels()
+        self.manager.shutdown_kernel(now=True)
+
+
+@contextlib.contextmanager
+def book_kernel(**options: Any) -> Iterator[tuple[BookKernel, FlakyServer]]:
+    """A kernel, and the server that its ``ask()`` asks."""
+    with FlakyServer(**options) as server:
+        kernel = BookKernel(server.url + "/v1")
+        with contextlib.closing(kernel):
+            yield kernel, server
+
+
+@pytest.mark.notebook
+def test_a_stream_that_fails_as_a_cells_last_value_stops_run_all() -> None:
+    faults = ["fatal-error:5", "fatal-error:5"]
+    with book_kernel(script=faults) as (kernel, _):
+        for cell in ("ask()", "ask().show()"):
+            reply, shown = kernel.run(cell)
+            assert reply["status"] == "error", cell
+            assert reply["ename"] == "APIError"
+            assert shown
+            assert STORY.startswith(shown)
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize("cell", ["stream", "stream.show()"])
+def test_an_interrupted_cell_keeps_the_partial_text_and_closes(cell: str) -> None:
+    with book_kernel(delay=0.02, script=["stall-event:30"]) as (kernel, server):
+        words = "Will I arrive"
+        reply, shown = kernel.run(f"stream = ask()\n{cell}", interrupt_after=words)
+        assert reply["status"] == "error"
+        assert reply["ename"] == "KeyboardInterrupt"
+        assert words in shown
+        assert STORY.startswith(shown)
+        dash_until(lambda: server.open_connections == 0)
+        reply, _ = kernel.run(f"assert stream.text == {shown!r}")
+        assert reply["status"] == "ok", reply
+
+
+# Imports of this section; merge them with those of the file.
+
+
+# ----------------------------------------------------------------------------
+# 20. A real engine: llama.cpp's own server, a real model, a real SIGKILL
+# ----------------------------------------------------------------------------
+# The model runs in a child process (examples/local_model.py). Nothing here knows
+# what it will say: answers are compared with each other, at temperature 0.
+
+QUESTION = "What is Python?"
+KILL_AFTER = 12  # deltas; the answer has about ninety
+
+# The server needs seconds to start again: refused connections first, then 503.
+PATIENT = Retry(attempts=400, wait_initial=0.2, wait_max=1.0)
+
+# dialect, property of LocalModel with its base URL, prompt, parameter for the limit
+ROUTES = [
+    ("llamacpp", "openai_url", QUESTION, "max_tokens"),
+    (
+        "openai-completions",
+        "openai_url",
+        f"Question: {QUESTION}\n\nAnswer:",
+        "max_tokens",
+    ),
+    ("openai-responses", "openai_url", QUESTION, "max_output_tokens"),
+    ("anthropic", "url", QUESTION, "max_tokens"),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[local_model.LocalModel]:
+    missing = local_model.missing_packages()
+    if missing:
+        pytest.skip(f'the extra "engine" is not installed: {", ".join(missing)}')
+    with local_model.LocalModel() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def whole(model: local_model.LocalModel) -> ChatResult:
+    """The uninterrupted answer, which every other one is compared with."""
+    stream = ask(model)
+    assert "".join(stream) == stream.text
+    return stream.result
+
+
+def counted(result: ChatResult) -> int:
+    """How many output tokens the server says it has billed."""
+    assert result.usage is not None
+    assert result.usage.input_tokens is not None
+    assert result.usage.output_tokens is not None
+    return result.usage.output_tokens
+
+
+def ask(model: local_model.LocalModel, **options: Any) -> ChatStream:
+    return stream_chat(
+        QUESTION,
+        model=local_model.MODEL,
+        dialect="llamacpp",
+        base_url=model.openai_url,
+        timeouts=Timeouts(total=300),
+        max_tokens=200,
+        temperature=0,
+        **options,
+    )
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("dialect", "base", "prompt", "limit"), ROUTES, ids=[row[0] for row in ROUTES]
+)
+def test_engine_gives_one_answer_on_every_route(
+    model: local_model.LocalModel,
+    whole: ChatResult,
+    dialect: str,
+    base: str,
+    prompt: str,
+    limit: str,
+) -> None:
+    stream = stream_chat(
+        prompt,
+        model=local_model.MODEL,
+        dialect=dialect,
+        base_url=getattr(model, base),
+        api_key="unused",
+        timeouts=Timeouts(total=300),
+        extra_body={limit: 200},
+        temperature=0,
+    )
+    tokens = list(stream)
+    result = stream.result
+    assert len(tokens) > KILL_AFTER
+    assert "".join(tokens) == result.text == whole.text
+    assert result.finish_reason == "stop"
+    assert result.seams == whole.seams == ()
+    assert counted(result) == counted(whole) >= len(tokens)
+    assert result.stats.malformed == result.stats.retries == 0
+
+
+@pytest.mark.engine
+def test_engine_obeys_the_limit_and_says_so(model: local_model.LocalModel) -> None:
+    stream = ask(model, extra_body={"max_tokens": 5})
+    assert "".join(stream)
+    assert stream.result.finish_reason == "length"
+    assert counted(stream.result) == 5
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("resume", ["continue", "auto"])
+def test_engine_killed_in_mid_answer_goes_on_to_the_same_end(
+    model: local_model.LocalModel, whole: ChatResult, resume: str
+) -> None:
+    first_pid = model.pid
+    tokens: list[str] = []
+    stream = ask(model, resume=resume, retry=PATIENT)
+    with stream, ThreadPoolExecutor(1) as helper:
+        for token in stream:
+            tokens.append(token)
+            if len(tokens) == KILL_AFTER:
+                model.kill()
+                started = helper.submit(model.start)
+        started.result()
+    result = stream.result
+    assert model.pid not in (None, first_pid)
+    assert len(result.seams) == 1  # attempts that brought nothing leave no seam
+    seam = result.seams[0]
+    assert len("".join(tokens[:KILL_AFTER])) <= seam < len(whole.text)
+    assert result.text[:seam] == whole.text[:seam]
+    # The same to the last letter, since LocalModel reads a prompt token by token.
+    assert result.text[seam:] == whole.text[seam:]
+    assert "".join(tokens) == stream.text == result.text
+    assert result.finish_reason == whole.finish_reason == "stop"
+    assert result.stats.retries >= 1
+    assert result.history[0].error == "StreamConnectionError"
+
+
+@pytest.mark.engine
+def test_engine_demo_survives_the_crash_it_causes(whole: ChatResult) -> None:
+    command = [sys.executable, local_model.__file__, QUESTION, "--crash-after", "9"]
+    demo = subprocess.run(command, capture_output=True, timeout=300, check=False)
+    assert demo.returncode == 0, demo.stderr.decode()
+    assert demo.stdout.decode("utf-8").strip() == whole.text.strip()
+    assert b"stop, Usage(" in demo.stderr
+
+
+# ---------------------------------------------------------------------------
+# Promises: README, the copied file, the demo
+# ---------------------------------------------------------------------------
+
+PROJECT = os.path.dirname(os.path.abspath(__file__))
+MODULE = os.path.abspath(rs.__file__)
+
+
+def project_text(name):
+    with open(os.path.join(PROJECT, name), encoding="utf-8") as file:
+        return file.read()
+
+
+def readme_blocks():
+    """The Python blocks of the README."""
+    pattern = r"\.\. code-block:: python\n\n((?:    .*\n|\n)+)"
+    for block in re.findall(pattern, project_text("README.rst")):
+        yield re.sub(r"^    ", "", block, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("block", list(readme_blocks()), ids=lambda b: b[:40])
+def test_every_python_block_of_the_readme_compiles(block):
+    compile(block, "README.rst", "exec")
+
+
+def test_every_name_that_the_readme_imports_exists():
+    for block in readme_blocks():
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "resilient_sse":
+                for alias in node.names:
+                    assert hasattr(rs, alias.name), alias.name
+
+
+def test_the_readme_lists_every_dialect_and_every_default():
+    readme = project_text("README.rst")
+    for name in rs.DIALECTS:
+        assert f"``{name}``" in readme
+    for name, value in vars(rs.Timeouts()).items():
+        shown = "None" if value is None else f"{value:g}"
+        assert re.search(rf"``{name}``\s+{shown}\s", readme), name
+    for name, value in vars(rs.Retry()).items():
+        assert re.search(rf"{name}={value}\b", readme), name
+
+
+def test_the_readme_renders():
+    core = pytest.importorskip("docutils.core")
+    html = core.publish_string(
+        project_text("README.rst"),
+        writer_name="html",
+        settings_overrides={"report_level": 2, "halt_level": 2},
+    )
+    assert b"resilient_sse" in html
+
+
+def test_the_licence_travels_with_the_file():
+    licence = project_text("LICENSE").split()
+    with open(MODULE, encoding="utf-8") as file:
+        tail = file.read().rsplit("\n\n\n", 1)[-1]
+    assert tail.replace("#", " ").split() == licence
+
+
+def test_the_demo_streams_through_every_fault_and_the_text_is_exact():
+    demo = os.path.join(PROJECT, "examples", "demo.py")
+    done = subprocess.run(
+        [sys.executable, demo, "--fast"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=60,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )
+    shown = done.stdout.decode("utf-8")
+    assert done.returncode == 0, shown
+    assert "The text is exact." in shown
+    for error in ("APIError", "StreamConnectionError", "StreamTimeoutError"):
+        assert error in shown
+
+
+def test_the_file_works_under_any_name_and_cut_at_the_second_line(tmp_path):
+    with open(MODULE, encoding="utf-8") as file:
+        source = file.read()
+    line = "\n# ================== optional: may be cut off here"
+    assert source.count(line) == 1
+    core = source[: source.index(line)].rsplit("\n", 1)[0]
+    (tmp_path / "vendored.py").write_text(core, encoding="utf-8")
+    program = (
+        "import vendored as v\n"
+        'body = b\'data: {"choices":[{"delta":{"content":"whole"},'
+        '"finish_reason":"stop"}]}\\n\\n\'\n'
+        "print(''.join(v.ChatStream.replay(body)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=str(tmp_path),
+        stdout=subprocess.PIPE,
+        timeout=60,
+    )
+    assert done.stdout.strip() == b"whole"
+
+
+def test_the_core_tests_pass_on_the_file_cut_at_the_second_line(tmp_path):
+    if os.environ.get("RESILIENT_SSE_CUT"):
+        pytest.skip("this is the inner run")
+    with open(MODULE, encoding="utf-8") as file:
+        source = file.read()
+    cut = source.index("\n# ================== optional: may be cut off here")
+    core = source[:cut].rsplit("\n", 1)[0] + "\n"
+    names = ("StreamMonitor", "StreamTrace", "main")
+    for name in names:
+        core = core.replace(f'    "{name}",\n', "", 1)
+    (tmp_path / "resilient_sse.py").write_text(core, encoding="utf-8")
+    for name in ("test_resilient_sse.py", "README.rst", "LICENSE", "setup.cfg"):
+        (tmp_path / name).write_text(project_text(name), encoding="utf-8")
+    os.symlink(os.path.join(PROJECT, "examples"), str(tmp_path / "examples"))
+    done = subprocess.run(
+        [
+            sys.executable,
+            *["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"],
+            *["-k", "decoder or seam or retry or resume"],
+            "test_resilient_sse.py",
+        ],
+        cwd=str(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=240,
+        env={
+            **os.environ,
+            "RESILIENT_SSE_CUT": "1",
+            "PYTHONPATH": str(tmp_path),
+        },
+    )
+    shown = done.stdout.decode("utf-8", "replace")
+    assert done.returncode == 0, shown[-3000:]
+    assert " passed" in shown
+
+
+def test_importing_starts_no_thread_opens_no_socket_and_sets_no_handler():
+    program = (
+        "import logging, socket, sys, threading\n"
+        "import requests\n"
+        "before = threading.active_count(), list(logging.getLogger().handlers)\n"
+        "def refuse(*a, **k): raise SystemExit('a socket at import')\n"
+        "socket.socket.__init__ = refuse\n"
+        "path = list(sys.path)\n"
+        "import resilient_sse\n"
+        "assert sys.path == path\n"
+        "after = threading.active_count(), list(logging.getLogger().handlers)\n"
+        "assert before == after\n"
+        "print('quiet')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=os.path.dirname(MODULE),
+        stdout=subprocess.PIPE,
+        timeout=60,
+    )
+    assert done.stdout.strip() == b"quiet"
+
+
+def test_the_version_names_the_file_by_its_digest(capsys):
+    if not hasattr(rs, "main"):
+        pytest.skip("the optional part is cut off")
+    with contextlib.suppress(SystemExit):
+        rs.main(["--version"])
+    with open(MODULE, "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    shown = capsys.readouterr().out
+    assert rs.__version__ in shown
+    assert digest in shown
