@@ -83,7 +83,12 @@ import requests
 from requests.adapters import HTTPAdapter
 from requests.structures import CaseInsensitiveDict
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import HTTPError, InvalidHeader
+from urllib3.exceptions import (
+    HTTPError,
+    InvalidHeader,
+    NewConnectionError,
+    ProxyError,
+)
 
 __version__ = "0.1.0"
 
@@ -1059,7 +1064,6 @@ class Answer:
         """Add a fragment to the arguments of a tool call; "" announces the call."""
         self.open_call(key)
         call = self._calls[key]
-        call.closed = False  # calls may be interleaved
         call.choice = _index(index)
         if not isinstance(arguments, str):
             self.odd(arguments)
@@ -1998,8 +2002,11 @@ class OpenAI(Dialect):
         function = _dict(call.get("function"), answer)
         id, name = call.get("id"), function.get("name")
         key = self._call_key(call, name, index, answer)
-        if key != answer.memory.get(("call", index)):
-            answer.close_call(answer.memory.get(("call", index)))
+        last = answer.memory.get(("call", index))
+        if key != last:
+            known = answer.call(last)
+            if known is not None and known.arguments.kept:
+                answer.close_call(last)  # without arguments, they may yet come
             answer.memory["call", index] = key
         answer.open_call(key, id, name)
         arguments = function.get("arguments")
@@ -3269,6 +3276,8 @@ class _Shape:
         head, tail = self._head, self._tail
         if not (region.startswith(head) and region.endswith(tail)):
             return None
+        if len(region) < len(head) + len(tail):  # they overlap
+            return None
         rows: Sequence[bytes] = region[len(head) : -len(tail)].split(tail + head)
         texts: list[str] | None = None
         for hole, literal in itertools.zip_longest(self._holes, self._inner):
@@ -3338,10 +3347,12 @@ class _Lesson(NamedTuple):
 
     def shape(self) -> _Shape | None:
         """Learn the shape of the event; None if it does more than bring one text."""
-        block = self.block.decode("utf-8", "replace")
-        start = block.find(self.event.data)
-        piece = self._read(self.event.data)
-        if start < 0 or piece is None:
+        block, data = self.block.decode("utf-8", "replace"), self.event.data
+        start = len(block.rstrip("\n")) - len(data)
+        if start < 0 or not _BEFORE_DATA.match(block[:start]):
+            return None
+        piece = self._read(data) if block.startswith(data, start) else None
+        if piece is None:
             return None
         holes = self._holes(str(piece))
         if [kind for *_, kind in holes].count("text") != 1:
@@ -3356,8 +3367,8 @@ class _Lesson(NamedTuple):
             return None
         return _Shape(kind, literals, [kind for *_, kind in holes])
 
-    def _read(self, data: str) -> Piece | None:
-        """The piece that the event brings, if that is all that it does."""
+    def _pieces(self, data: str) -> list[Piece] | None:
+        """The pieces that the event brings; None if it does anything else."""
         answer = Answer()
         chunk = parse_json(data)
         if not isinstance(chunk, dict) or chunk.get("error"):
@@ -3366,9 +3377,16 @@ class _Lesson(NamedTuple):
         effects = (answer.error, answer.ended, answer.finishes, answer.usage)
         if any(effects) or answer.malformed or answer.parts or answer.calls_begun:
             return None
-        if len(answer.out) != 1 or answer.progress != 1 or not answer.is_plain:
+        if answer.progress != len(answer.out) or not answer.is_plain:
             return None
-        piece = answer.out[0]
+        return answer.out
+
+    def _read(self, data: str) -> Piece | None:
+        """The piece that the event brings, if it is one that may be text."""
+        pieces = self._pieces(data)
+        if pieces is None or len(pieces) != 1:
+            return None
+        piece = pieces[0]
         other = isinstance(piece, Delta) and (piece.index or piece.kind != "reasoning")
         return None if other else piece
 
@@ -3385,7 +3403,7 @@ class _Lesson(NamedTuple):
                     holes.append((*number.span(1), "cursor"))
                 elif name in dialect.idle_keys:
                     holes.append((*number.span(1), "number"))
-            elif key in dialect.idle_keys:
+            elif key in dialect.idle_keys and len(token.group()) > 2:
                 holes.append((token.start() + 1, token.end() - 1, "idle"))
             elif key is not None and self._brings(token, text):
                 holes.append((token.start() + 1, token.end() - 1, "text"))
@@ -3395,15 +3413,18 @@ class _Lesson(NamedTuple):
         return holes
 
     def _brings(self, token: Any, text: str) -> bool:
-        """Whether another string in place of this one would be the text instead."""
+        """Whether any string in place of this one would be the text instead."""
         if parse_json(token.group()) != text:
             return False
         data, other = self.event.data, text + "?"
-        data = data[: token.start()] + jsonlib.dumps(other) + data[token.end() :]
-        return str(self._read(data)) == other
+        before, after = data[: token.start()], data[token.end() :]
+        if self._pieces(f'{before}""{after}') != []:
+            return False  # without it, another one is
+        return str(self._read(before + jsonlib.dumps(other) + after)) == other
 
 
 _KEY = re.compile(r'"([^"\\]*)"\s*:\s*$')
+_BEFORE_DATA = re.compile(r"(event:[^\n]*\n)?(data: ?)?\Z")
 
 
 def _key_before(data: str, start: int) -> str | None:
@@ -4570,7 +4591,9 @@ class _Exchange:
             _sending.guard = None
 
     def _note_head(self, response: requests.Response, **settings: Any) -> None:
-        self.headers = CaseInsensitiveDict(response.headers)
+        pairs = response.headers.items()
+        secrets = self._request.secrets  # some servers echo the request
+        self.headers = CaseInsensitiveDict((n, _redacted(v, secrets)) for n, v in pairs)
         # requests would read the whole body of a redirect, however long, to prepare
         # the next request; which is not sent.
         response.headers.pop("Location", None)
@@ -4688,9 +4711,20 @@ class _Exchange:
         verdict = self._guard.verdict
         if verdict == "closed":
             message = "the stream was closed by another thread"
-            raise StreamAbortedError(message)
+            raise StreamAbortedError(message, phase=self._phase())
         if verdict:
             raise self._timeout(verdict)
+
+    def _phase(self, error: BaseException | None = None) -> str:
+        """Where it stands before the response; behind that, the loop knows more."""
+        if self._response is not None:
+            return ""
+        if self._guard.is_ready:
+            return "request"
+        signs = (NewConnectionError, ProxyError, ssl.SSLError)
+        causes = _chain(error) if error else ()
+        is_sure = self._session is None or any(isinstance(e, signs) for e in causes)
+        return "connect" if is_sure else "request"
 
     def _timeout(self, kind: str) -> StreamingError:
         now = _now()
@@ -4699,7 +4733,9 @@ class _Exchange:
         message = "the {} timeout passed: {}".format(
             kind, _TIMEOUT_ADVICE.get(kind, "")
         )
-        return StreamTimeoutError(message, kind=kind, retryable=kind != "total")
+        phase = "connect" if kind == "connect" else self._phase()
+        retryable = kind != "total"
+        return StreamTimeoutError(message, kind=kind, phase=phase, retryable=retryable)
 
     def _translated(self, error: BaseException, phase: str) -> StreamingError:
         if self._guard.verdict:
@@ -4709,8 +4745,7 @@ class _Exchange:
                 return verdict
         if self._is_timeout(error):
             return self._timeout(self._kind_of_timeout(error, phase))
-        if phase == "request" and not self._guard.is_ready:
-            phase = "connect"
+        phase = self._phase(error) or "stream"
         return StreamConnectionError(
             _DROPS[phase].format(_reason(error)),
             phase=phase,
@@ -4805,16 +4840,19 @@ def _reason(error: BaseException) -> str:
 
 def _stripped(error: BaseException, secrets: Sequence[str]) -> BaseException:
     """The error as a cause: without request and response, which hold the key."""
-    for inner in _chain(error):
+    for inner in list(_chain(error)):
+        inner.args = tuple(_harmless(arg, secrets) for arg in inner.args)
         held = vars(inner)
-        for name in {"request", "response", "url", "pool", "_pool", "conn"} & set(held):
-            held[name] = None
-        texts = (a for a in inner.args if not isinstance(a, str) or "?" not in a)
-        inner.args = tuple(
-            _redacted(text, secrets) if isinstance(text, str) else text
-            for text in texts
-        )
+        held.update({name: _harmless(held[name], secrets) for name in held})
     return error
+
+
+def _harmless(value: Any, secrets: Sequence[str]) -> Any:
+    """A value that a library put on its error, if it can show no secret."""
+    if isinstance(value, (str, bytes)):
+        is_text = isinstance(value, str) and "?" not in value  # a query may hold a key
+        return _redacted(value, secrets) if is_text else value[:0]
+    return value if isinstance(value, (int, float, BaseException)) else None
 
 
 # ---------------------------------------------------------------------------

@@ -682,7 +682,7 @@ def serve(monitor: StreamMonitor, port: int = 0) -> Dashboard:
 TELLERS = [
     ("grimm-8b", "vllm"),
     ("aesop-mini", "openai"),
-    ("scheherazade-1001", "anthropic"),
+    ("homer-large", "anthropic"),
     ("andersen-flash", "mistral"),
     ("basho-3b", "ollama"),
 ]
