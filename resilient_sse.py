@@ -977,7 +977,99 @@ class _OpenCall:
         return ToolCall(self.id, self.name, arguments or "{}")
 
 
-class Answer:
+class _Kept:
+    """What an answer keeps: text by kind and choice, and tool calls, all of it bounded.
+
+    :param limits: how much of it.
+    :param received: the visible text that earlier requests brought, if any.
+    """
+
+    def __init__(self, limits: Limits, received: TextBuffer | None) -> None:
+        self.limits = limits
+        self.received = received or TextBuffer(limits.text)
+        self._side: dict[tuple[str, int], TextBuffer] = {}
+        self._calls: dict[Any, _OpenCall] = {}
+
+    def open_call(self, key: Any, id: Any = None, name: Any = None) -> None:
+        """Begin, or name, the tool call that the stream knows as ``key``."""
+        call = self._calls.get(key)
+        if call is None:
+            self._guard_parts(len(self._calls))
+            call = self._calls[key] = _OpenCall(len(self._calls), self.limits.text)
+        if call.id is None and isinstance(id, str) and id:
+            call.id = id  # old vLLM makes up another one for each fragment
+        call.name = name if isinstance(name, str) and name else call.name
+
+    def close_call(self, key: Any) -> None:
+        """End a tool call: nothing more will come of it."""
+        if key in self._calls:
+            self._calls[key].closed = True
+
+    def close_calls(self, index: int | None = None) -> None:
+        """End every tool call that was begun, or those of one choice."""
+        for call in self._calls.values():
+            call.closed = call.closed or index in (None, call.choice)
+
+    def call(self, key: Any) -> _OpenCall | None:
+        """The tool call known as ``key``, if it was begun."""
+        return self._calls.get(key)
+
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The tool calls of choice 0 that came whole, in their order."""
+        calls = self._calls.values()
+        whole = [call.whole() for call in calls if call.choice == 0]
+        return tuple(call for call in whole if call is not None)
+
+    @property
+    def cut_calls(self) -> int:
+        """How many tool calls, of any choice, did not come whole."""
+        return sum(call.whole() is None for call in self._calls.values())
+
+    @property
+    def calls_begun(self) -> int:
+        """How many tool calls were begun."""
+        return len(self._calls)
+
+    def side_text(self, kind: str, index: int = 0) -> str:
+        """The reasoning, refusal, or text of another choice than 0."""
+        buffer = self._side.get((kind, index))
+        return buffer.text if buffer else ""
+
+    def sides(self) -> dict[tuple[str, int], str]:
+        """All but the visible text of choice 0: ``(kind, index) -> text``."""
+        return {key: buffer.text for key, buffer in self._side.items()}
+
+    def texts(self) -> dict[int, str]:
+        """Text by choice, but for choice 0."""
+        return {
+            index: self.side_text("text", index)
+            for kind, index in sorted(self._side)
+            if kind == "text"
+        }
+
+    @property
+    def dropped(self) -> int:
+        """Characters that were not kept."""
+        buffers = [self.received, *self._side.values()]
+        return sum(buffer.dropped for buffer in buffers)
+
+    def _buffer(self, kind: str, index: int) -> TextBuffer:
+        key = (kind, index)
+        if key not in self._side:
+            self._guard_parts(len(self._side))
+            self._side[key] = TextBuffer(self.limits.text)
+        return self._side[key]
+
+    def _guard_parts(self, count: int) -> None:
+        if count >= _MOST_PARTS:
+            self._fail_on_limit("the choices or tool calls")
+
+    def _fail_on_limit(self, what: str) -> NoReturn:
+        message = f"{what} exceed what Limits(text={self.limits.text}) keeps"
+        raise StreamLimitError(message, limit="text")
+
+
+class Answer(_Kept):
     """What a stream has said so far.
 
     A dialect's ``read`` calls the methods from :meth:`text` to :meth:`odd`.
@@ -989,8 +1081,7 @@ class Answer:
     def __init__(
         self, limits: Limits = _LIMITS, received: TextBuffer | None = None
     ) -> None:
-        self.limits = limits
-        self.received = received or TextBuffer(limits.text)
+        super().__init__(limits, received)
         self.model: str | None = None
         self.id: str | None = None
         #: The number of the last event, where the provider numbers them.
@@ -1001,8 +1092,6 @@ class Answer:
         self.memory: dict[Any, Any] = {}
         self.malformed = 0
         self.deltas = 0
-        self._side: dict[tuple[str, int], TextBuffer] = {}
-        self._calls: dict[Any, _OpenCall] = {}
         self.new_request()
 
     def new_request(self, seam: Seam | None = None) -> None:
@@ -1050,16 +1139,6 @@ class Answer:
         """Add to the refusal of a choice."""
         self._add("refusal", text, index)
 
-    def open_call(self, key: Any, id: Any = None, name: Any = None) -> None:
-        """Begin, or name, the tool call that the stream knows as ``key``."""
-        call = self._calls.get(key)
-        if call is None:
-            self._guard_parts(len(self._calls))
-            call = self._calls[key] = _OpenCall(len(self._calls), self.limits.text)
-        if call.id is None and isinstance(id, str) and id:
-            call.id = id  # old vLLM makes up another one for each fragment
-        call.name = name if isinstance(name, str) and name else call.name
-
     def call_arguments(self, key: Any, arguments: Any, index: Any = 0) -> None:
         """Add a fragment to the arguments of a tool call; "" announces the call."""
         self.open_call(key)
@@ -1075,20 +1154,6 @@ class Answer:
         data = {"index": call.number, "id": call.id, "name": call.name}
         self._count("tool_call", bool(arguments))
         self.out.append(Delta("tool_call", arguments, call.choice, data))
-
-    def close_call(self, key: Any) -> None:
-        """End a tool call: nothing more will come of it."""
-        if key in self._calls:
-            self._calls[key].closed = True
-
-    def close_calls(self, index: int | None = None) -> None:
-        """End every tool call that was begun, or those of one choice."""
-        for call in self._calls.values():
-            call.closed = call.closed or index in (None, call.choice)
-
-    def call(self, key: Any) -> _OpenCall | None:
-        """The tool call known as ``key``, if it was begun."""
-        return self._calls.get(key)
 
     def finish(self, reason: str, raw: Any, index: Any = 0) -> None:
         """Note that a choice has finished.
@@ -1187,49 +1252,10 @@ class Answer:
         self.close_calls()
         self._release_held()
 
-    def side_text(self, kind: str, index: int = 0) -> str:
-        """The reasoning, refusal, or text of another choice than 0."""
-        buffer = self._side.get((kind, index))
-        return buffer.text if buffer else ""
-
-    def sides(self) -> dict[tuple[str, int], str]:
-        """All but the visible text of choice 0: ``(kind, index) -> text``."""
-        return {key: buffer.text for key, buffer in self._side.items()}
-
-    def texts(self) -> dict[int, str]:
-        """Text by choice, but for choice 0."""
-        return {
-            index: self.side_text("text", index)
-            for kind, index in sorted(self._side)
-            if kind == "text"
-        }
-
-    def tool_calls(self) -> tuple[ToolCall, ...]:
-        """The tool calls of choice 0 that came whole, in their order."""
-        calls = self._calls.values()
-        whole = [call.whole() for call in calls if call.choice == 0]
-        return tuple(call for call in whole if call is not None)
-
-    @property
-    def cut_calls(self) -> int:
-        """How many tool calls, of any choice, did not come whole."""
-        return sum(call.whole() is None for call in self._calls.values())
-
-    @property
-    def calls_begun(self) -> int:
-        """How many tool calls were begun."""
-        return len(self._calls)
-
     def forget_calls(self) -> None:
         """Drop the tool calls; a continuation makes them anew."""
         self._calls.clear()
         self.memory.clear()
-
-    @property
-    def dropped(self) -> int:
-        """Characters that were not kept."""
-        buffers = [self.received, *self._side.values()]
-        return sum(buffer.dropped for buffer in buffers)
 
     # -- inner steps
 
@@ -1265,21 +1291,6 @@ class Answer:
         if delta.text:
             self._buffer(delta.kind, delta.index).add(delta.text)
             self.out.append(delta)
-
-    def _buffer(self, kind: str, index: int) -> TextBuffer:
-        key = (kind, index)
-        if key not in self._side:
-            self._guard_parts(len(self._side))
-            self._side[key] = TextBuffer(self.limits.text)
-        return self._side[key]
-
-    def _guard_parts(self, count: int) -> None:
-        if count >= _MOST_PARTS:
-            self._fail_on_limit("the choices or tool calls")
-
-    def _fail_on_limit(self, what: str) -> NoReturn:
-        message = f"{what} exceed what Limits(text={self.limits.text}) keeps"
-        raise StreamLimitError(message, limit="text")
 
     def _encodable(self, key: tuple[str, int], text: str) -> str:
         """Join surrogate pairs that two deltas share; replace lone surrogates."""
@@ -3437,6 +3448,126 @@ _PATIENCE = 8
 _PORTION = 2048  # bytes of a few events
 
 
+class _Reader:
+    """Reads events into an answer, and decides what becomes of malformed ones."""
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        answer: Answer,
+        limits: Limits,
+        on_event: Callable[[ServerSentEvent], None] | None,
+    ) -> None:
+        self.events = 0
+        self._dialect = dialect
+        self._answer = answer
+        self._limits = limits
+        self._on_event = on_event
+
+    def read(self, event: ServerSentEvent) -> None:
+        """Read one event."""
+        self.events += 1
+        if self._on_event:
+            self._on_event(event)
+        marker = self._dialect.end_marker
+        if marker and event.data.strip() == marker:
+            self._answer.end()
+            return
+        try:
+            chunk = parse_json(event.data)
+        except ValueError:
+            self._read_malformed(event)
+            return
+        if event.event == "error":
+            self._answer.fail(self._dialect.error(chunk))
+        elif isinstance(chunk, dict):
+            self._read_chunk(chunk, self._dialect.read, event.event)
+        else:
+            self._count_malformed("JSON that is not an object")
+
+    def _read_chunk(
+        self, chunk: dict[str, Any], read: Callable[..., None], *event: str
+    ) -> None:
+        answer = self._answer
+        before = answer.malformed
+        if chunk.get("error"):
+            answer.fail(self._dialect.error(chunk))
+        try:
+            read(chunk, answer, *event)
+        except _ODDITIES as error:
+            answer.malformed += 1
+            logger.debug("the dialect cannot read a chunk: %s", type(error).__name__)
+        if answer.malformed > before:
+            answer.malformed -= 1
+            self._count_malformed("JSON of an unexpected shape")
+
+    def _read_malformed(self, event: ServerSentEvent) -> None:
+        """Data that is not JSON: may it have carried text?"""
+        data = event.data.strip()
+        if event.event == "error":
+            self._answer.fail(self._dialect.error(data))
+        elif self._is_vital(data):
+            self._answer.fail(
+                MalformedStreamError(
+                    "data that may have carried text is not valid JSON; it begins "
+                    "with {!r}".format(data[:40].encode("ascii", "replace")),
+                    retryable=True,
+                )
+            )
+        elif data:
+            self._count_malformed("data that is not JSON")
+
+    def _is_vital(self, data: str) -> bool:
+        broke_off = data[:1] in ("{", "[") and data[-1:] not in ("}", "]")
+        keys = (f'"{key}"' for key in self._dialect.vital_keys)
+        return broke_off or any(key in data for key in keys)
+
+    def _count_malformed(self, what: str) -> None:
+        answer, most = self._answer, self._limits.malformed
+        answer.malformed += 1
+        logger.info("ignored %s", what)
+        if most is not None and answer.malformed > most:
+            answer.fail(
+                MalformedStreamError(
+                    f"more than {most} pieces of malformed data, the last one {what}; "
+                    "Limits(malformed=...) allows more"
+                )
+            )
+
+    def read_stray(self, decoder: _Decoder) -> None:
+        """Errors outside of data: two kinds of servers send them (see README)."""
+        text = "\n".join(decoder._stray)
+        decoder._stray.clear()
+        field, _, value = text.partition(":")
+        try:
+            document = parse_json(value if field == "error" else text)
+        except ValueError:
+            return
+        if field == "error" and not _dict(document).get("error"):
+            document = {"error": document}
+        if _dict(document).get("error"):
+            self._answer.fail(self._dialect.error(document))
+
+    def read_whole(self, text: str) -> None:
+        """A server that ignored ``stream``, or an error with status 200."""
+        answer = self._answer
+        try:
+            document = parse_json(text.lstrip("\ufeff"))
+        except ValueError:
+            raise MalformedStreamError(
+                "the server sent JSON that broke off, not a stream", retryable=True
+            ) from None
+        for part in document if isinstance(document, list) else [document]:
+            self._read_chunk(_dict(part), self._dialect.read_whole)
+        has_answer = answer.out or answer.finishes or answer.calls_begun
+        if not has_answer and answer.error is None:
+            excerpt = _excerpt(text.encode("ascii", "replace"))
+            message = f"the server sent JSON that is not an answer: {excerpt!r}"
+            raise MalformedStreamError(message)
+        if isinstance(document, dict):
+            answer.end()
+
+
 class _Intake:
     """The body of one response: fed with bytes, it gives pieces of the answer.
 
@@ -3453,15 +3584,19 @@ class _Intake:
         limits: Limits,
         on_event: Callable[[ServerSentEvent], None] | None = None,
     ) -> None:
-        self.events = 0
+        self._reader = _Reader(dialect, answer, limits, on_event)
         self._dialect = dialect
         self._answer = answer
         self._limits = limits
-        self._on_event = on_event
         self._decoder: _Decoder | None = None
         self._first = b""
         self._shape: _Shape | None = None
         self._patience = 0 if on_event else _PATIENCE
+
+    @property
+    def events(self) -> int:
+        """How many events were read."""
+        return self._reader.events
 
     def feed(self, chunk: bytes) -> list[Piece]:
         """Take the next bytes; return what they bring."""
@@ -3543,7 +3678,7 @@ class _Intake:
             self._take_blocks(decoder, region)
             return
         for event in events:
-            self._read(event)
+            self._reader.read(event)
             if self._answer.ended or self._answer.error is not None:
                 return
         if events and self._patience and self._answer.out:
@@ -3554,14 +3689,14 @@ class _Intake:
         decoder._stray.clear()
         for block in region.split(decoder.terminator):
             for event in decoder._parse(block + decoder.terminator):
-                self._read(event)
+                self._reader.read(event)
             if self._answer.ended or self._answer.error is not None:
                 return
             if decoder._stray:
-                self._read_stray(decoder)
+                self._reader.read_stray(decoder)
 
     def _take_texts(self, shape: _Shape, texts: list[str]) -> None:
-        self.events += len(texts)
+        self._reader.events += len(texts)
         self._patience = _PATIENCE
         if shape.cursor is not None:
             self._answer.cursor = shape.cursor
@@ -3581,90 +3716,6 @@ class _Intake:
         except (StreamingError, *_ODDITIES):
             self._shape = None  # whatever it is, it is no plain text
 
-    def _read(self, event: ServerSentEvent) -> None:
-        """Read one event."""
-        self.events += 1
-        if self._on_event:
-            self._on_event(event)
-        marker = self._dialect.end_marker
-        if marker and event.data.strip() == marker:
-            self._answer.end()
-            return
-        try:
-            chunk = parse_json(event.data)
-        except ValueError:
-            self._read_malformed(event)
-            return
-        if event.event == "error":
-            self._answer.fail(self._dialect.error(chunk))
-        elif isinstance(chunk, dict):
-            self._read_chunk(chunk, self._dialect.read, event.event)
-        else:
-            self._count_malformed("JSON that is not an object")
-
-    def _read_chunk(
-        self, chunk: dict[str, Any], read: Callable[..., None], *event: str
-    ) -> None:
-        answer = self._answer
-        before = answer.malformed
-        if chunk.get("error"):
-            answer.fail(self._dialect.error(chunk))
-        try:
-            read(chunk, answer, *event)
-        except _ODDITIES as error:
-            answer.malformed += 1
-            logger.debug("the dialect cannot read a chunk: %s", type(error).__name__)
-        if answer.malformed > before:
-            answer.malformed -= 1
-            self._count_malformed("JSON of an unexpected shape")
-
-    def _read_malformed(self, event: ServerSentEvent) -> None:
-        """Data that is not JSON: may it have carried text?"""
-        data = event.data.strip()
-        if event.event == "error":
-            self._answer.fail(self._dialect.error(data))
-        elif self._is_vital(data):
-            self._answer.fail(
-                MalformedStreamError(
-                    "data that may have carried text is not valid JSON; it begins "
-                    "with {!r}".format(data[:40].encode("ascii", "replace")),
-                    retryable=True,
-                )
-            )
-        elif data:
-            self._count_malformed("data that is not JSON")
-
-    def _is_vital(self, data: str) -> bool:
-        broke_off = data[:1] in ("{", "[") and data[-1:] not in ("}", "]")
-        keys = (f'"{key}"' for key in self._dialect.vital_keys)
-        return broke_off or any(key in data for key in keys)
-
-    def _count_malformed(self, what: str) -> None:
-        answer, most = self._answer, self._limits.malformed
-        answer.malformed += 1
-        logger.info("ignored %s", what)
-        if most is not None and answer.malformed > most:
-            answer.fail(
-                MalformedStreamError(
-                    f"more than {most} pieces of malformed data, the last one {what}; "
-                    "Limits(malformed=...) allows more"
-                )
-            )
-
-    def _read_stray(self, decoder: _Decoder) -> None:
-        """Errors outside of data: two kinds of servers send them (see README)."""
-        text = "\n".join(decoder._stray)
-        decoder._stray.clear()
-        field, _, value = text.partition(":")
-        try:
-            document = parse_json(value if field == "error" else text)
-        except ValueError:
-            return
-        if field == "error" and not _dict(document).get("error"):
-            document = {"error": document}
-        if _dict(document).get("error"):
-            self._answer.fail(self._dialect.error(document))
-
     def _read_end(self) -> None:
         decoder = self._decoder
         if decoder is None:
@@ -3672,31 +3723,12 @@ class _Intake:
             raise MalformedStreamError(message, retryable=True)
         events = decoder._finish()
         if isinstance(decoder, _WholeDecoder):
-            self._read_whole(events[0].data)
+            self._reader.read_whole(events[0].data)
             return
         for event in events:
-            self._read(event)
+            self._reader.read(event)
         if decoder._stray:
-            self._read_stray(decoder)
-
-    def _read_whole(self, text: str) -> None:
-        """A server that ignored ``stream``, or an error with status 200."""
-        answer = self._answer
-        try:
-            document = parse_json(text.lstrip("\ufeff"))
-        except ValueError:
-            raise MalformedStreamError(
-                "the server sent JSON that broke off, not a stream", retryable=True
-            ) from None
-        for part in document if isinstance(document, list) else [document]:
-            self._read_chunk(_dict(part), self._dialect.read_whole)
-        has_answer = answer.out or answer.finishes or answer.calls_begun
-        if not has_answer and answer.error is None:
-            excerpt = _excerpt(text.encode("ascii", "replace"))
-            message = f"the server sent JSON that is not an answer: {excerpt!r}"
-            raise MalformedStreamError(message)
-        if isinstance(document, dict):
-            answer.end()
+            self._reader.read_stray(decoder)
 
 
 #: What a dialect may run into when JSON has an odd shape.
@@ -4522,7 +4554,80 @@ _DROPS = {
 }
 
 
-class _Exchange:
+class _Failures:
+    """The one place where exceptions of the libraries, and verdicts, become ours."""
+
+    def __init__(
+        self,
+        session: requests.Session | None,
+        deadlines: _Deadlines,
+        guard: _Guard,
+    ) -> None:
+        self._session = session
+        self._deadlines = deadlines
+        self._guard = guard
+        self._response: requests.Response | None = None
+
+    def _check_verdict(self) -> None:
+        verdict = self._guard.verdict
+        if verdict == "closed":
+            message = "the stream was closed by another thread"
+            raise StreamAbortedError(message, phase=self._phase())
+        if verdict:
+            raise self._timeout(verdict)
+
+    def _phase(self, error: BaseException | None = None) -> str:
+        """Where it stands before the response; behind that, the loop knows more."""
+        if self._response is not None:
+            return ""
+        if self._guard.is_ready:
+            return "request"
+        signs = (NewConnectionError, ProxyError, ssl.SSLError)
+        causes = _chain(error) if error else ()
+        is_sure = self._session is None or any(isinstance(e, signs) for e in causes)
+        return "connect" if is_sure else "request"
+
+    def _timeout(self, kind: str) -> StreamingError:
+        now = _now()
+        if self._deadlines.left(now) <= 0:
+            kind = "total"
+        message = "the {} timeout passed: {}".format(
+            kind, _TIMEOUT_ADVICE.get(kind, "")
+        )
+        phase = "connect" if kind == "connect" else self._phase()
+        retryable = kind != "total"
+        return StreamTimeoutError(message, kind=kind, phase=phase, retryable=retryable)
+
+    def _translated(self, error: BaseException, phase: str) -> StreamingError:
+        if self._guard.verdict:
+            try:
+                self._check_verdict()
+            except StreamingError as verdict:
+                return verdict
+        if self._is_timeout(error):
+            return self._timeout(self._kind_of_timeout(error, phase))
+        phase = self._phase(error) or "stream"
+        return StreamConnectionError(
+            _DROPS[phase].format(_reason(error)),
+            phase=phase,
+            retryable=not _is_certificate_error(error),
+        )
+
+    def _is_timeout(self, error: BaseException) -> bool:
+        kinds = (requests.Timeout, socket.timeout)
+        return any(isinstance(e, kinds) and _no_errno(e) for e in _chain(error))
+
+    def _kind_of_timeout(self, error: BaseException, phase: str) -> str:
+        if phase != "request":
+            return self._deadlines.read(_now())[1]
+        is_late = (
+            isinstance(error, requests.ReadTimeout) and not self._guard.is_attached
+        )
+        is_connected = self._guard.is_ready or is_late
+        return self._deadlines.headers()[1] if is_connected else "connect"
+
+
+class _Exchange(_Failures):
     """One request and its response.
 
     :param session: ours, or the caller's.
@@ -4536,12 +4641,9 @@ class _Exchange:
         deadlines: _Deadlines,
         guard: _Guard,
     ) -> None:
-        self._session = session
+        super().__init__(session, deadlines, guard)
         self._request = request
-        self._deadlines = deadlines
-        self._guard = guard
         self._body: _Body | None = None
-        self._response: requests.Response | None = None
         self.bytes = 0
         self.headers: Mapping[str, str] = {}
         self.status = 0
@@ -4705,66 +4807,6 @@ class _Exchange:
                 response.raw.release_conn()
         response.close()
 
-    # -- the one place where exceptions of the libraries become ours
-
-    def _check_verdict(self) -> None:
-        verdict = self._guard.verdict
-        if verdict == "closed":
-            message = "the stream was closed by another thread"
-            raise StreamAbortedError(message, phase=self._phase())
-        if verdict:
-            raise self._timeout(verdict)
-
-    def _phase(self, error: BaseException | None = None) -> str:
-        """Where it stands before the response; behind that, the loop knows more."""
-        if self._response is not None:
-            return ""
-        if self._guard.is_ready:
-            return "request"
-        signs = (NewConnectionError, ProxyError, ssl.SSLError)
-        causes = _chain(error) if error else ()
-        is_sure = self._session is None or any(isinstance(e, signs) for e in causes)
-        return "connect" if is_sure else "request"
-
-    def _timeout(self, kind: str) -> StreamingError:
-        now = _now()
-        if self._deadlines.left(now) <= 0:
-            kind = "total"
-        message = "the {} timeout passed: {}".format(
-            kind, _TIMEOUT_ADVICE.get(kind, "")
-        )
-        phase = "connect" if kind == "connect" else self._phase()
-        retryable = kind != "total"
-        return StreamTimeoutError(message, kind=kind, phase=phase, retryable=retryable)
-
-    def _translated(self, error: BaseException, phase: str) -> StreamingError:
-        if self._guard.verdict:
-            try:
-                self._check_verdict()
-            except StreamingError as verdict:
-                return verdict
-        if self._is_timeout(error):
-            return self._timeout(self._kind_of_timeout(error, phase))
-        phase = self._phase(error) or "stream"
-        return StreamConnectionError(
-            _DROPS[phase].format(_reason(error)),
-            phase=phase,
-            retryable=not _is_certificate_error(error),
-        )
-
-    def _is_timeout(self, error: BaseException) -> bool:
-        kinds = (requests.Timeout, socket.timeout)
-        return any(isinstance(e, kinds) and _no_errno(e) for e in _chain(error))
-
-    def _kind_of_timeout(self, error: BaseException, phase: str) -> str:
-        if phase != "request":
-            return self._deadlines.read(_now())[1]
-        is_late = (
-            isinstance(error, requests.ReadTimeout) and not self._guard.is_attached
-        )
-        is_connected = self._guard.is_ready or is_late
-        return self._deadlines.headers()[1] if is_connected else "connect"
-
 
 def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
     return request
@@ -4841,13 +4883,13 @@ def _reason(error: BaseException) -> str:
 def _stripped(error: BaseException, secrets: Sequence[str]) -> BaseException:
     """The error as a cause: without request and response, which hold the key."""
     for inner in list(_chain(error)):
-        inner.args = tuple(_harmless(arg, secrets) for arg in inner.args)
+        inner.args = tuple(_without_secrets(arg, secrets) for arg in inner.args)
         held = vars(inner)
-        held.update({name: _harmless(held[name], secrets) for name in held})
+        held.update({name: _without_secrets(held[name], secrets) for name in held})
     return error
 
 
-def _harmless(value: Any, secrets: Sequence[str]) -> Any:
+def _without_secrets(value: Any, secrets: Sequence[str]) -> Any:
     """A value that a library put on its error, if it can show no secret."""
     if isinstance(value, (str, bytes)):
         is_text = isinstance(value, str) and "?" not in value  # a query may hold a key
@@ -4966,12 +5008,12 @@ class _Prompt(NamedTuple):
         return self._with_key(_Request("GET", url, {}, None, action))
 
     def _with_key(self, request: _Request) -> _Request:
-        key = self.key() if callable(self.key) else self.key
+        key = _checked_key(self.key()) if callable(self.key) else self.key
         headers = CaseInsensitiveDict(_standard_headers())
         headers.update(request.headers)
         headers.update(self.dialect.headers())
         if key is not None:
-            headers.update(self.dialect.auth(_checked_key(key)))
+            headers.update(self.dialect.auth(key))
         _merge_headers(headers, self.headers)
         secrets = _secrets_in(request.url, headers)
         return request._replace(headers=dict(headers), secrets=secrets)
@@ -5026,6 +5068,11 @@ class _Ledger:
         """A request is being sent."""
         self.requests += 1
         self._request_started = _now()
+
+    def end(self) -> None:
+        """The call is over."""
+        if self.ended is None:
+            self.ended = _now()
 
     def note_wait(self, seconds: float) -> None:
         """The last request is followed by a wait."""
@@ -5233,8 +5280,7 @@ class _Loop:
     def pull(self) -> bool:
         """Make the next batch the present one; False at the end."""
         self._reader = threading.get_ident()
-        if self.closed:
-            self.check_closed()
+        self.raise_again()
         batch = next(self._source, None)
         if batch is None:
             return False
@@ -5378,12 +5424,13 @@ class _Loop:
 
     def _end(self, what: str, why: str, data: Any) -> None:
         self._is_over = True
-        self.ledger.ended = _now()
+        self.ledger.end()
         if self._has_begun:
             self.reporter.tell(what, why, data)
 
     def _fail(self, error: StreamingError) -> NoReturn:
         """Complete the error with all that is known, and raise it."""
+        self.ledger.end()
         self._complete_error(error)
         self._redact(error)
         error.history = tuple(self.ledger.history)
@@ -5396,11 +5443,15 @@ def _handed_out(loop: _Loop) -> Iterator[Any]:
     # A generator that holds the loop, not the public stream: so a for statement over
     # an unnamed stream drops it, and closes the connection, when it is left.
     try:
-        while loop.pull():
-            for item in loop.items:
+        while not (loop.closed and loop.check_closed()):
+            items = loop.items
+            for item in items:
                 yield item
                 if loop.closed and loop.check_closed():
                     return
+            # Texts and deltas may be read in turns: the other one may have gone on.
+            if loop.items is items and not loop.pull():
+                return
     finally:
         loop.leave()
 
@@ -5475,6 +5526,7 @@ class _Chat(_Loop):
             if self.check_closed():  # during the wait: no request more
                 return
         self.ledger.record(self._request.action, "", "", self.answer.usage)
+        self.ledger.end()
         result = self.result() if self.reporter.observers else None
         self._end("complete", "the answer is complete", result)
 
@@ -5660,12 +5712,15 @@ class _Chat(_Loop):
 def _texts(chat: _Chat) -> Iterator[str]:
     # As _handed_out, for the one kind of piece that has to be fast.
     try:
-        while chat.pull():
-            for piece in chat.items:
+        while not (chat.closed and chat.check_closed()):
+            items = chat.items
+            for piece in items:
                 if piece.__class__ is str:
                     yield piece
                     if chat.closed and chat.check_closed():
                         return
+            if chat.items is items and not chat.pull():
+                return
     finally:
         chat.leave()
 
