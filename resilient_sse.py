@@ -660,6 +660,7 @@ _LIMITS = Limits()
 
 _BOM = codecs.BOM_UTF8
 _FIELDS = ("", "data", "event", "id", "retry")
+_RETRY_LINE = re.compile(rb"^retry: ?([0-9]+)$", re.MULTILINE)
 _STRAY_LINES = 256
 
 
@@ -795,6 +796,7 @@ class SSEDecoder:
     def _keep(self, chunk: bytes) -> None:
         if self._excess:
             return
+        begun = len(self._pending) - self._line
         self._pending += chunk
         if len(self._pending) > self._harmless:
             lines = chunk.split(b"\n")
@@ -803,6 +805,8 @@ class SSEDecoder:
             self._excess = self._exceeded(longest, size)
         end = chunk.rfind(b"\n") + 1
         self._line = len(chunk) - end + (0 if end else self._line)
+        if end:
+            self._note_retry(self._pending[begun : len(self._pending) - self._line])
 
     def _bounded(self, region: bytes) -> bytes:
         """Cut the region off before the first block that is too large."""
@@ -862,20 +866,23 @@ class SSEDecoder:
             value = value[value.startswith(" ") :]
             if name == "data":
                 data.append(value)
-            elif name == "event":
+            if name == "event":
                 event = value
-            elif name == "id":
-                if "\0" not in value:
-                    self.last_event_id = value
-            elif name == "retry":
-                if value.isdigit() and value.isascii():
-                    self.reconnection_time = float(value) / 1000
-            else:
+            if name == "id" and "\0" not in value:
+                self.last_event_id = value
+            if name == "retry":
+                self._note_retry(line.encode())
+            if name not in _FIELDS:
                 self._note_stray(line)
         if not data:
             return None
         text = data[0] if len(data) == 1 else "\n".join(data)
         return ServerSentEvent(event or "message", text, self.last_event_id)
+
+    def _note_retry(self, lines: bytes) -> None:
+        """A reconnection time counts with its line, not with its event."""
+        for value in _RETRY_LINE.findall(lines):
+            self.reconnection_time = float(value) / 1000
 
     def _note_stray(self, line: str) -> None:
         if line.partition(":")[0] in _FIELDS or len(self._stray) >= _STRAY_LINES:
@@ -2218,35 +2225,10 @@ class OpenAICompletions(OpenAI):
         return None
 
 
-class OpenAIResponses(Dialect):
-    """OpenAI Responses, the one API whose answers can be reattached.
+class _ResponsesEvents(Dialect):
+    """How the events of OpenAI Responses are read."""
 
-    https://platform.openai.com/docs/guides/background
-    """
-
-    name = "openai-responses"
-    base_url: str | None = "https://api.openai.com/v1"
-    base_url_names: tuple[str, ...] = ("OPENAI_BASE_URL",)
-    key_names: tuple[str, ...] = ("OPENAI_API_KEY",)
-    path = "/responses"
-    vital_keys: tuple[str, ...] = (
-        "delta",
-        "text",
-        "arguments",
-        "refusal",
-        "response",
-        "error",
-    )
-    idle_keys: tuple[str, ...] = ("obfuscation", "item_id")
     cursor_key = "sequence_number"
-
-    def body(
-        self, messages: Messages, model: str | None, params: dict[str, Any]
-    ) -> dict[str, Any]:
-        body = super().body(messages, model, params)
-        turns = body.pop("messages")
-        lists = [turn if isinstance(turn, list) else [turn] for turn in turns]
-        return {"input": list(itertools.chain.from_iterable(lists)), **body}
 
     def read(self, chunk: dict[str, Any], answer: Answer, event: str) -> None:
         kind = chunk.get("type")
@@ -2368,22 +2350,27 @@ class OpenAIResponses(Dialect):
 
     def _read_output(self, output: list[dict[str, Any]], answer: Answer) -> None:
         """Take from the final object what no event has brought."""
-        seen = " ".join(kind for kind, _ in answer.memory)
         for number, item in enumerate(output):
-            kind, place = item.get("type"), {"output_index": number}
+            kind = item.get("type")
             if kind in ("function_call", "custom_tool_call"):
-                done = {**place, "type": "response.output_item.done", "item": item}
-                self._read_item(done, answer)
-            elif kind == "message":
-                for part in _dicts(item.get("content"), answer):
-                    if "output_text" not in seen:
-                        answer.text(part.get("text"))
-                    if "refusal" not in seen:
-                        answer.refusal(part.get("refusal"))
-            elif kind == "reasoning" and "reasoning" not in seen:
-                for name in ("summary", "content"):
-                    for part in _dicts(item.get(name), answer):
-                        answer.reasoning(part.get("text"))
+                done = {"type": "response.output_item.done", "output_index": number}
+                self._read_item({**done, "item": item}, answer)
+            if kind == "message":
+                self._read_parts(item.get("content"), answer)
+            if kind == "reasoning":
+                self._read_parts(item.get("summary"), answer)
+                self._read_parts(item.get("content"), answer)
+
+    def _read_parts(self, parts: Any, answer: Answer) -> None:
+        seen = " ".join(kind for kind, _ in answer.memory)
+        for part in _dicts(parts, answer):
+            kind = str(part.get("type"))
+            if kind == "output_text" and kind not in seen:
+                answer.text(part.get("text"))
+            if kind == "refusal" and kind not in seen:
+                answer.refusal(part.get("refusal"))
+            if kind in ("summary_text", "reasoning_text") and "reasoning" not in seen:
+                answer.reasoning(part.get("text"))
 
     def _reason(self, response: dict[str, Any], answer: Answer) -> tuple[str, Any]:
         status = response.get("status")
@@ -2420,6 +2407,36 @@ class OpenAIResponses(Dialect):
         "response.cancelled": _read_end,
         "error": _read_error,
     }
+
+
+class OpenAIResponses(_ResponsesEvents):
+    """OpenAI Responses, the one API whose answers can be reattached.
+
+    https://platform.openai.com/docs/guides/background
+    """
+
+    name = "openai-responses"
+    base_url: str | None = "https://api.openai.com/v1"
+    base_url_names: tuple[str, ...] = ("OPENAI_BASE_URL",)
+    key_names: tuple[str, ...] = ("OPENAI_API_KEY",)
+    path = "/responses"
+    vital_keys: tuple[str, ...] = (
+        "delta",
+        "text",
+        "arguments",
+        "refusal",
+        "response",
+        "error",
+    )
+    idle_keys: tuple[str, ...] = ("obfuscation", "item_id")
+
+    def body(
+        self, messages: Messages, model: str | None, params: dict[str, Any]
+    ) -> dict[str, Any]:
+        body = super().body(messages, model, params)
+        turns = body.pop("messages")
+        lists = [turn if isinstance(turn, list) else [turn] for turn in turns]
+        return {"input": list(itertools.chain.from_iterable(lists)), **body}
 
     def message(self, answer: Answer, text: str) -> Any:
         """A list of output items; :meth:`body` takes such a list as one message."""
@@ -2518,33 +2535,21 @@ class Anthropic(Dialect):
         return body
 
     def read(self, chunk: dict[str, Any], answer: Answer, event: str) -> None:
-        kind = chunk.get("type")
-        if kind == "content_block_delta":
-            self._read_delta(chunk, _dict(chunk.get("delta"), answer), answer)
-        elif kind == "content_block_start":
-            self._read_start(chunk, _dict(chunk.get("content_block"), answer), answer)
-        elif kind == "content_block_stop":
-            answer.close_call(self._key(chunk))
-            answer.advance()
-        elif kind == "message_start":
-            self._read_message(_dict(chunk.get("message"), answer), answer)
-        elif kind == "message_delta":
-            self._read_usage(chunk, answer)
-            delta = _dict(chunk.get("delta"), answer)
-            self.finish(answer, delta.get("stop_reason"))
-        elif kind == "message_stop":
-            answer.end()
+        reader = self._readers.get(str(chunk.get("type")))
+        if reader is not None:
+            reader(self, chunk, answer)
 
     def read_whole(self, document: dict[str, Any], answer: Answer) -> None:
         self._read_message(document, answer)
         for number, block in enumerate(_dicts(document.get("content"), answer)):
             place = {"index": number}
             if block.get("type") == "tool_use":
-                self._read_start(place, {**block, "input": {}}, answer)
+                start = {**block, "input": {}}
+                self._read_start({**place, "content_block": start}, answer)
                 arguments = jsonlib.dumps(block.get("input") or {})
                 answer.call_arguments(self._key(place), arguments)
             else:
-                self._read_start(place, block, answer)
+                self._read_start({**place, "content_block": block}, answer)
         self.finish(answer, document.get("stop_reason"))
 
     def _key(self, chunk: dict[str, Any]) -> str:
@@ -2563,48 +2568,75 @@ class Anthropic(Dialect):
         known.update((k, v) for k, v in usage.items() if v is not None)
         answer.count(known.get("input_tokens"), known.get("output_tokens"), dict(known))
 
-    def _read_start(
-        self, chunk: dict[str, Any], block: dict[str, Any], answer: Answer
-    ) -> None:
-        kind, key = block.get("type"), self._key(chunk)
+    def _read_start(self, chunk: dict[str, Any], answer: Answer) -> None:
+        block = _dict(chunk.get("content_block"), answer)
         part = dict(block)
         if len(answer.parts) >= _MOST_PARTS:
             raise StreamLimitError("the answer has too many blocks", limit="text")
         answer.parts.append(part)
-        answer.memory["block", key] = part
+        answer.memory["block", self._key(chunk)] = part
+        self._read_first(self._key(chunk), block, part, answer)
+        answer.advance()
+
+    def _read_first(
+        self, key: str, block: dict[str, Any], part: dict[str, Any], answer: Answer
+    ) -> None:
+        """What a block brings with its start; of text, the part keeps the offset."""
+        kind = block.get("type")
         if kind == "text":
             part["text"] = answer.position()
             answer.text(block.get("text"))
-        elif kind == "thinking":
+        if kind == "thinking":
             part["thinking"] = answer.position("reasoning")
             answer.reasoning(block.get("thinking"))
-        elif kind == "tool_use":
+        if kind == "tool_use":
             answer.open_call(key, block.get("id"), block.get("name"))
             part["input"] = answer.call(key)
             first = block.get("input")
             answer.call_arguments(key, jsonlib.dumps(first) if first else "")
-        answer.advance()
 
-    def _read_delta(
-        self, chunk: dict[str, Any], delta: dict[str, Any], answer: Answer
-    ) -> None:
-        kind = delta.get("type")
-        part = answer.memory.get(("block", self._key(chunk)), {})
+    def _read_delta(self, chunk: dict[str, Any], answer: Answer) -> None:
+        delta = _dict(chunk.get("delta"), answer)
+        kind, key = delta.get("type"), self._key(chunk)
         if kind == "text_delta":
             answer.text(delta.get("text"))
-        elif kind == "thinking_delta":
+            return
+        part = answer.memory.get(("block", key), {})
+        if kind == "thinking_delta":
             answer.reasoning(delta.get("thinking"))
-        elif kind == "signature_delta":
-            part["signature"] = str(part.get("signature") or "") + str(
-                delta.get("signature") or ""
-            )
-        elif kind == "input_json_delta":
-            self._read_input(self._key(chunk), part, delta.get("partial_json"), answer)
-        elif kind == "citations_delta":
+        if kind == "input_json_delta":
+            self._read_input(key, part, delta.get("partial_json"), answer)
+        if kind == "signature_delta":
+            known = part.get("signature") or ""
+            part["signature"] = f"{known}{delta.get('signature') or ''}"
+        if kind == "citations_delta":
             part["citations"] = part.get("citations") or []
             part["citations"].append(delta.get("citation"))
-        elif kind == "compaction_delta":
+        if kind == "compaction_delta":
             part["content"] = delta.get("content")
+
+    def _read_stop(self, chunk: dict[str, Any], answer: Answer) -> None:
+        answer.close_call(self._key(chunk))
+        answer.advance()
+
+    def _read_begin(self, chunk: dict[str, Any], answer: Answer) -> None:
+        self._read_message(_dict(chunk.get("message"), answer), answer)
+
+    def _read_finish(self, chunk: dict[str, Any], answer: Answer) -> None:
+        self._read_usage(chunk, answer)
+        self.finish(answer, _dict(chunk.get("delta"), answer).get("stop_reason"))
+
+    def _read_end(self, chunk: dict[str, Any], answer: Answer) -> None:
+        answer.end()
+
+    _readers: ClassVar[dict[str, Callable[..., None]]] = {
+        "message_start": _read_begin,
+        "content_block_start": _read_start,
+        "content_block_delta": _read_delta,
+        "content_block_stop": _read_stop,
+        "message_delta": _read_finish,
+        "message_stop": _read_end,
+    }
 
     def _read_input(
         self, key: str, part: dict[str, Any], text: Any, answer: Answer
@@ -2934,18 +2966,18 @@ class Cohere(Dialect):
         message = _dict(delta.get("message"), answer)
         if kind == "message-start":
             answer.identify(chunk.get("id"), None)
+        if kind in ("message-start", "tool-plan-delta"):
             answer.advance()
-        elif kind in ("content-start", "content-delta"):
+        if kind in ("content-start", "content-delta"):
             self._read_content(_dict(message.get("content"), answer), answer)
-        elif kind in ("tool-call-start", "tool-call-delta"):
+        if kind in ("tool-call-start", "tool-call-delta"):
             calls = _dict(message.get("tool_calls"), answer)
             self._read_call(str(chunk.get("index")), calls, answer)
-        elif kind == "tool-call-end":
+        if kind == "tool-call-end":
             answer.close_call(str(chunk.get("index")))
-        elif kind == "tool-plan-delta":
+        if kind == "tool-plan-delta":
             self._read_plan(message, answer)
-            answer.advance()
-        elif kind == "message-end":
+        if kind == "message-end":
             self._read_end(delta, answer)
 
     def read_whole(self, document: dict[str, Any], answer: Answer) -> None:
@@ -3444,6 +3476,14 @@ def _key_before(data: str, start: int) -> str | None:
     return found.group(1) if found else None
 
 
+def _is_ours(kind: type) -> bool:
+    """Whether its ``read`` is this module's, which hands on any words as they are."""
+    return all(
+        base.__module__ == __name__ or not any("read" in name for name in vars(base))
+        for base in kind.__mro__
+    )
+
+
 _PATIENCE = 8
 _PORTION = 2048  # bytes of a few events
 
@@ -3591,7 +3631,8 @@ class _Intake:
         self._decoder: _Decoder | None = None
         self._first = b""
         self._shape: _Shape | None = None
-        self._patience = 0 if on_event else _PATIENCE
+        learns = on_event is None and _is_ours(type(dialect))
+        self._patience = _PATIENCE if learns else 0
 
     @property
     def events(self) -> int:
@@ -3633,6 +3674,8 @@ class _Intake:
                 f"proxy stand between? It begins with {_excerpt(head)!r}"
             )
         lines = self._dialect.framing == "ndjson"
+        if lines and re.match(rb"\{[ \t]*\r?\Z", head) and len(head) < 4096:
+            return b""  # the next byte tells
         if head.startswith((b"{", b"[")):
             one_line = head[:1] == b"{" and not re.match(rb"\{[ \t]*\r?\n", head)
             kind = _LineDecoder if lines and one_line else _WholeDecoder
@@ -3690,10 +3733,10 @@ class _Intake:
         for block in region.split(decoder.terminator):
             for event in decoder._parse(block + decoder.terminator):
                 self._reader.read(event)
-            if self._answer.ended or self._answer.error is not None:
-                return
             if decoder._stray:
                 self._reader.read_stray(decoder)
+            if self._answer.ended or self._answer.error is not None:
+                return
 
     def _take_texts(self, shape: _Shape, texts: list[str]) -> None:
         self._reader.events += len(texts)
