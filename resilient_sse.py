@@ -3549,8 +3549,8 @@ class _Reader:
         elif self._is_vital(data):
             self._answer.fail(
                 MalformedStreamError(
-                    "data that may have carried text is not valid JSON; it begins "
-                    "with {!r}".format(data[:40].encode("ascii", "replace")),
+                    f"an event of {len(data)} characters that may have carried text "
+                    "is not valid JSON",
                     retryable=True,
                 )
             )
@@ -3601,9 +3601,9 @@ class _Reader:
             self._read_chunk(_dict(part), self._dialect.read_whole)
         has_answer = answer.out or answer.finishes or answer.calls_begun
         if not has_answer and answer.error is None:
-            excerpt = _excerpt(text.encode("ascii", "replace"))
-            message = f"the server sent JSON that is not an answer: {excerpt!r}"
-            raise MalformedStreamError(message)
+            keys = ", ".join(sorted(map(str, _dict(document)))[:8]) or "no keys"
+            message = f"the server sent JSON that is not an answer; it has {keys}"
+            raise MalformedStreamError(message[:300])
         if isinstance(document, dict):
             answer.end()
 
@@ -4567,6 +4567,10 @@ class _Deadlines:
         connect, headers = self.connect()[0] - now, self.headers()[0] - now
         return _finite(connect), _finite(headers)
 
+    def seconds(self, kind: str) -> float:
+        """How long the limit of that name is."""
+        return _or_never(getattr(self._timeouts, kind, 5.0))
+
     def left(self, now: float) -> float:
         """Seconds that are left of the whole call."""
         return self._end - now
@@ -4634,9 +4638,9 @@ class _Failures:
         now = _now()
         if self._deadlines.left(now) <= 0:
             kind = "total"
-        message = "the {} timeout passed: {}".format(
-            kind, _TIMEOUT_ADVICE.get(kind, "")
-        )
+        seconds = self._deadlines.seconds(kind)
+        advice = _TIMEOUT_ADVICE.get(kind, "")
+        message = f"the {kind} timeout of {seconds:g} s passed: {advice}"
         phase = "connect" if kind == "connect" else self._phase()
         retryable = kind != "total"
         return StreamTimeoutError(message, kind=kind, phase=phase, retryable=retryable)
@@ -4992,6 +4996,7 @@ class _Prompt(NamedTuple):
     headers: dict[str, str]
     key: str | Callable[[], str] | None
     resume: ResumeMode
+    model: str | None = None
 
     def request(self, action: str, answer: Answer) -> tuple[_Request, Seam | None]:
         """The request that carries out an action, and the seam that it makes.
@@ -5556,7 +5561,7 @@ class _Chat(_Loop):
     def _batches(self) -> Generator[list[Piece]]:
         prompt = self.prompt
         self._request, _ = prompt.request("start", self.answer)
-        facts = {"model": prompt.body.get("model"), "dialect": prompt.dialect.name}
+        facts = {"model": prompt.model, "dialect": prompt.dialect.name}
         self._begin(facts, self._request)
         while True:
             try:
@@ -5758,10 +5763,11 @@ def _texts(chat: _Chat) -> Iterator[str]:
         while not (chat.closed and chat.check_closed()):
             items = chat.items
             for piece in items:
-                if piece.__class__ is str:
-                    yield piece
-                    if chat.closed and chat.check_closed():
-                        return
+                if piece.__class__ is not str:
+                    continue
+                yield piece
+                if chat.closed and chat.check_closed():
+                    return
             if chat.items is items and not chat.pull():
                 return
     finally:
@@ -5801,7 +5807,7 @@ class ChatStream:
 
     def __repr__(self) -> str:
         prompt = self._chat.prompt
-        model = prompt.body.get("model")
+        model = prompt.model
         return f"<ChatStream of {model}, dialect {prompt.dialect.name}>"
 
     def deltas(self) -> Iterator[Delta]:
@@ -6227,9 +6233,9 @@ def stream_chat(
     more = _checked_headers(headers)
     url, key = _address(known, base_url, api_key, _has_auth(known, more))
     body = _snapshot({**known.body(messages, model, params), **(extra_body or {})})
-    if resume == "reattach":
+    if resume == "reattach" and known.cursor_key:
         body.setdefault("background", True)
-    prompt = _Prompt(known, known.url(url, model), body, more, key, resume)
+    prompt = _Prompt(known, known.url(url, model), body, more, key, resume, model)
     recovery = _Recovery(prompt, retry or Retry(attempts=1))
     observers = _known_observers(observe)
     opener = _opener(session)
@@ -6920,7 +6926,7 @@ class _Health:
         self.flush(tally, record.seconds, now)
         tally.state, tally.seconds = state, record.seconds
         if state == "failed":
-            tally.error = _clipped(f"{_error_kind(record.data)}: {record.why}", 200)
+            tally.error = _clipped(f"{_error_kind(record.data)}: {record.why}", 300)
             self._blame(self.errors, record.data)
         for name, amount in (("tokens", tally.tokens), ("bytes", tally.bytes)):
             self.counts[name] += amount
@@ -7803,16 +7809,19 @@ def _show_as_value(stream: ChatStream) -> None:
     try:
         _show_live(stream)
     except StreamingError as error:
-        _fail_cell(error)
-        raise
+        if not _fail_cell(error):
+            raise
 
 
-def _fail_cell(error: StreamingError) -> None:
+def _fail_cell(error: StreamingError) -> bool:
     """Have Run All stop: IPython prints what a display method raises and goes on."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     result = getattr(getattr(shell, "displayhook", None), "exec_result", None)
-    if result is not None:
-        result.error_in_exec = error
+    if result is None or not hasattr(shell, "showtraceback"):
+        return False
+    result.error_in_exec = error
+    shell.showtraceback()
+    return True
 
 
 # The class stands above the line and must not know of this section.
