@@ -711,6 +711,7 @@ class SSEDecoder:
         self._after_cr = False
         self._pending = bytearray()  # the unfinished block
         self._line = 0  # how many of its bytes belong to the unfinished line
+        self._noted = 0  # how many were searched for a reconnection time
         self._excess = ""  # the limit that was passed
         self._stray: list[str] = []  # lines of unknown fields: some servers err there
 
@@ -724,7 +725,13 @@ class SSEDecoder:
         if self._excess:
             self._check()
         region = self._frame(chunk)
-        events = self._parse(region) if region else []
+        events: list[ServerSentEvent] = []
+        if region:
+            events, self._noted = self._parse(region), 0
+        lines = len(self._pending) - self._line
+        if lines > self._noted:  # of an event that goes on
+            self._note_retry(self._pending[self._noted : lines])
+            self._noted = lines
         if self._excess and not events:
             self._check()
         return events
@@ -796,7 +803,6 @@ class SSEDecoder:
     def _keep(self, chunk: bytes) -> None:
         if self._excess:
             return
-        begun = len(self._pending) - self._line
         self._pending += chunk
         if len(self._pending) > self._harmless:
             lines = chunk.split(b"\n")
@@ -805,8 +811,6 @@ class SSEDecoder:
             self._excess = self._exceeded(longest, size)
         end = chunk.rfind(b"\n") + 1
         self._line = len(chunk) - end + (0 if end else self._line)
-        if end:
-            self._note_retry(self._pending[begun : len(self._pending) - self._line])
 
     def _bounded(self, region: bytes) -> bytes:
         """Cut the region off before the first block that is too large."""
@@ -4345,15 +4349,18 @@ class _ChunkedBody:
             self._fault = "the trailer section has no end"
 
 
-class _OneByteBody(_PlainBody):
-    """The way that always works, and is slow: for transports that hide their file."""
+class _SlowBody(_PlainBody):
+    """The way that always works, and inflates: for transports that hide their file.
 
-    def __init__(self, response: requests.Response) -> None:
+    :param size: bytes that are waited for; 1 unless they are known to be there.
+    """
+
+    def __init__(self, response: requests.Response, size: int) -> None:
         super().__init__(None, None)
-        self._bytes = response.iter_content(1)
+        self._pieces = response.iter_content(size)
 
     def read(self) -> bytes:
-        data = next(self._bytes, b"")
+        data = next(self._pieces, b"")
         self.is_clean = not data
         return cast(bytes, data)
 
@@ -4432,9 +4439,12 @@ def _body_of(response: requests.Response) -> _Body:
     source = getattr(response.raw, "_fp", None)
     buffered = getattr(source, "fp", None)
     body: _Body
-    if not isinstance(source, http.client.HTTPResponse):  # a mock
-        known = hasattr(source, "read1")
-        body = _PlainBody(source, None) if known else _OneByteBody(response)
+    if getattr(response, "_content_consumed", False):  # by a hook, or a mock
+        return _SlowBody(response, _READ)
+    if not hasattr(source, "read1"):
+        return _SlowBody(response, 1)
+    if not hasattr(source, "chunked"):  # a mock
+        body = _PlainBody(source, None)
     elif source.chunked and hasattr(buffered, "read1"):
         body = _ChunkedBody(buffered)
     else:
@@ -4938,9 +4948,10 @@ def _stripped(error: BaseException, secrets: Sequence[str]) -> BaseException:
 
 def _without_secrets(value: Any, secrets: Sequence[str]) -> Any:
     """A value that a library put on its error, if it can show no secret."""
-    if isinstance(value, (str, bytes)):
-        is_text = isinstance(value, str) and "?" not in value  # a query may hold a key
-        return _redacted(value, secrets) if is_text else value[:0]
+    if isinstance(value, str):
+        return "" if "?" in value else _redacted(value, secrets)  # a query has keys
+    if isinstance(value, bytes):
+        return b""
     return value if isinstance(value, (int, float, BaseException)) else None
 
 
@@ -7817,7 +7828,7 @@ def _fail_cell(error: StreamingError) -> bool:
     """Have Run All stop: IPython prints what a display method raises and goes on."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     result = getattr(getattr(shell, "displayhook", None), "exec_result", None)
-    if result is None or not hasattr(shell, "showtraceback"):
+    if shell is None or result is None:
         return False
     result.error_in_exec = error
     shell.showtraceback()

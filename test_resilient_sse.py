@@ -6969,7 +6969,8 @@ def net_listener(talk):
         listener.settimeout(0.1)
         thread = threading.Thread(target=accept, daemon=True)
         thread.start()
-        yield "127.0.0.1:{}".format(listener.getsockname()[1])
+        port = listener.getsockname()[1]
+        yield f"127.0.0.1:{port}"
         over.set()
         thread.join()
 
@@ -6991,8 +6992,29 @@ def net_later(seconds, action):
     return timer
 
 
-def net_signal_me(number):
-    signal.pthread_kill(threading.main_thread().ident, number)
+@contextlib.contextmanager
+def net_signal_soon(number):
+    """Send the main thread a signal, unless the test is over by then."""
+    main = threading.main_thread().ident
+    timer = net_later(0.15, lambda: signal.pthread_kill(main, number))
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def net_run(script, *arguments):
+    """Run a script with another Python; return its lines."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *arguments],
+        env={**os.environ, "PYTHONPATH": os.path.dirname(rs.__file__)},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode().splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -7026,10 +7048,11 @@ def net_security(request, monkeypatch):
     return {"tls": context}
 
 
+NET_WINDOWS = {"gzip": 31, "deflate": 15, "raw": -15}
+
+
 class NetFraming:
     """One way to frame a body, such as ``chunked`` or ``close+gzip``."""
-
-    windows = {"gzip": 31, "deflate": 15, "raw": -15}
 
     def __init__(self, name, total):
         self.kind, _, coding = name.partition("+")
@@ -7046,7 +7069,7 @@ class NetFraming:
         self.head = NET_HEAD.replace(b"1.1", version) + end + b"\r\n"
         if self.kind == "one-chunk":
             self.head += b"%x\r\n" % total
-        window = self.windows.get(coding)
+        window = NET_WINDOWS.get(coding)
         self._coder = zlib.compressobj(9, zlib.DEFLATED, window) if window else None
 
     def part(self, data):
@@ -7286,9 +7309,9 @@ def test_streams_work_in_a_forked_child_and_the_parent_keeps_its_own():
             try:
                 child(stream)
                 status = 0
-            except BaseException:
-                traceback.print_exc()
             finally:
+                if status:
+                    traceback.print_exc()
                 os._exit(status)
         _, status = os.waitpid(pid, 0)
         go_on.set()
@@ -7521,8 +7544,10 @@ class NetSource:
 
 
 def split_at(data, places):
-    edges = [0, *sorted({place % (len(data) + 1) for place in places}), len(data)]
-    pieces = [data[i:j] for i, j in zip(edges, edges[1:])]
+    pieces, start = [], 0
+    for end in sorted({place % (len(data) + 1) for place in places} | {len(data)}):
+        pieces.append(data[start:end])
+        start = end
     return [piece for piece in pieces if piece]
 
 
@@ -7639,7 +7664,7 @@ def test_endless_chunk_headers_and_trailers_raise(start):
 def test_a_compressed_body_is_its_data_however_it_is_split(
     blocks, coding, flush, places, padding
 ):
-    window = NetFraming.windows[coding]
+    window = NET_WINDOWS[coding]
     coder, wire, data = zlib.compressobj(9, zlib.DEFLATED, window), b"", b""
     for block in blocks:
         block = block if isinstance(block, bytes) else b"a" * block
@@ -7675,8 +7700,9 @@ def test_an_unknown_compression_is_a_clear_error_and_not_tried_again():
 def test_an_error_in_an_unknown_compression_is_known_by_its_status():
     wire = b"HTTP/1.1 503 No\r\nContent-Encoding: br\r\nContent-Length: 3\r\n\r\n\x8b\x03\x80"
     with FlakyServer(script=[net_sends(wire)]) as server:
+        stream = net_chat(server)
         with pytest.raises(rs.APIError) as caught:
-            list(net_chat(server))
+            next(stream)
     assert (caught.value.status, caught.value.retryable) == (503, True)
 
 
@@ -7731,8 +7757,9 @@ def test_the_endless_body_of_a_redirect_is_not_read(own_session):
 def test_a_redirect_to_nowhere_is_an_error_of_the_server_not_of_the_caller():
     wire = b"HTTP/1.1 301 M\r\nLocation: http://[::bad/\r\nContent-Length: 0\r\n\r\n"
     with FlakyServer(script=[net_sends(wire)]) as server:
+        stream = net_chat(server)
         with pytest.raises(rs.APIError) as caught:
-            list(net_chat(server))
+            next(stream)
     assert caught.value.status == 301
     assert caught.value.result.headers["location"] == "http://[::bad/"
 
@@ -8066,13 +8093,11 @@ def test_a_named_stream_left_by_break_goes_on_where_it_was():
 def test_ctrl_c_answers_at_once_keeps_the_text_and_closes(script, net_security):
     with FlakyServer(script=[script], **net_security) as server:
         stream = net_chat(server)
-        timer = net_later(0.15, lambda: net_signal_me(signal.SIGINT))
         started = time.monotonic()
-        with pytest.raises(KeyboardInterrupt) as caught:
+        with pytest.raises(KeyboardInterrupt) as caught, net_signal_soon(signal.SIGINT):
             list(stream)
         assert time.monotonic() - started < NET_SOON
         assert net_eventually(lambda: server.open_connections == 0)
-        timer.join()
     assert caught.value.__traceback__ is not None  # kept, as notebooks do
     assert bool(stream.text) == (script == "stall-event:4")
 
@@ -8080,9 +8105,8 @@ def test_ctrl_c_answers_at_once_keeps_the_text_and_closes(script, net_security):
 def test_ctrl_c_ends_the_wait_before_a_retry():
     retry = rs.Retry(attempts=2, wait_initial=0)
     with FlakyServer(script=["status:503:retry-after=30"]) as server:
-        net_later(0.2, lambda: net_signal_me(signal.SIGINT))
         started = time.monotonic()
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), net_signal_soon(signal.SIGINT):
             list(net_chat(server, retry=retry))
         assert time.monotonic() - started < NET_SOON
         assert len(server.requests) == 1
@@ -8233,7 +8257,8 @@ def test_connect_bounds_a_host_that_does_not_answer():
             sock = waiting.enter_context(socket.socket())
             sock.setblocking(False)
             sock.connect_ex(full.getsockname())
-        url = "http://127.0.0.1:{}/v1".format(full.getsockname()[1])
+        port = full.getsockname()[1]
+        url = f"http://127.0.0.1:{port}/v1"
         started = time.monotonic()
         with pytest.raises(rs.StreamTimeoutError) as caught:
             list(net_chat(None, base_url=url, timeouts=net_limits(connect=0.2)))
@@ -8355,7 +8380,7 @@ def net_reader(stream):
     def read():
         try:
             outcome.append("".join(stream))
-        except BaseException as error:
+        except rs.StreamingError as error:
             outcome.append(error)
         outcome.append(time.monotonic())
 
@@ -8399,6 +8424,10 @@ def closed_while_blocked(stream, is_blocked):
     return ended - closed
 
 
+def has_text(stream):
+    return lambda: stream.text
+
+
 @pytest.mark.parametrize("own_session", [True, False], ids=["ours", "callers"])
 def test_close_wakes_a_read_that_is_blocked_in_another_thread(net_route, own_session):
     session = None if own_session else requests.Session()
@@ -8406,7 +8435,7 @@ def test_close_wakes_a_read_that_is_blocked_in_another_thread(net_route, own_ses
         latencies = []
         for _ in range(3):
             stream = net_chat(server, session=session)
-            latencies.append(closed_while_blocked(stream, lambda: stream.text))
+            latencies.append(closed_while_blocked(stream, has_text(stream)))
             assert STORY.startswith(stream.text)
         assert net_eventually(lambda: server.open_connections == 0)
     assert min(latencies) < 0.1
@@ -8532,9 +8561,9 @@ def test_close_in_a_signal_handler_just_ends_the_loop(fault):
 
         before = signal.signal(signal.SIGUSR1, handler)
         try:
-            net_later(0.15, lambda: net_signal_me(signal.SIGUSR1))
             started = time.monotonic()
-            assert STORY.startswith("".join(stream))
+            with net_signal_soon(signal.SIGUSR1):
+                assert STORY.startswith("".join(stream))
             assert time.monotonic() - started < NET_SOON
         finally:
             signal.signal(signal.SIGUSR1, before)
@@ -8682,20 +8711,7 @@ def test_memory_stays_bounded_whatever_a_server_sends():
             server = stack.enter_context(FlakyServer(script=[fault]))
             cases.append(f"{name}={server.url}")
         warm = stack.enter_context(FlakyServer())
-        script = textwrap.dedent(NET_MEASURED)
-        command = [sys.executable, "-c", script, warm.url, *cases]
-        environment = {**os.environ, "PYTHONPATH": os.path.dirname(rs.__file__)}
-        done = subprocess.run(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            universal_newlines=True,
-            timeout=60,
-            check=False,
-        )
-    assert done.returncode == 0, done.stderr
-    rows = [line.split(",") for line in done.stdout.splitlines()]
+        rows = [line.split(",") for line in net_run(NET_MEASURED, warm.url, *cases)]
     assert {name: result for name, _, result in rows} == NET_COSTS
     growth = {name: int(size) for name, size, _ in rows}
     assert growth["empty-events"] < 16
@@ -8794,18 +8810,8 @@ def test_streams_work_under_gevent():
     good = FlakyServer(delay=0.001)
     bad = FlakyServer(script=["stall-event:3"], loop=True)
     with good as first, bad as second:
-        script = textwrap.dedent(NET_GREEN)
-        done = subprocess.run(
-            [sys.executable, "-c", script, first.url, second.url],
-            env={**os.environ, "PYTHONPATH": os.path.dirname(rs.__file__)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            universal_newlines=True,
-            timeout=60,
-            check=False,
-        )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+        lines = net_run(NET_GREEN, first.url, second.url)
+    assert lines == [
         "1",
         "StreamAbortedError True",
         "StreamTimeoutErrorread",
@@ -8875,10 +8881,7 @@ NET_LEAKS = {
     "an error event": ([in_a_stream(f"data: {NET_ECHO}\n\n".encode())], {}),
     "a stray error": ([in_a_stream(f"{NET_ECHO}\n\n".encode())], {}),
     "HTML": ([net_sends(NET_HEAD + b"\r\n<p>" + NET_KEY.encode())], {}),
-    "whole JSON": (
-        [net_sends(NET_HEAD + b"\r\n" + json.dumps([NET_KEY]).encode())],
-        {},
-    ),
+    "whole JSON": ([net_sends(NET_HEAD + b'\r\n["' + NET_KEY.encode() + b'"]')], {}),
     "broken data": ([in_a_stream(f'data: {{"x": "{NET_KEY}\n\n'.encode())], {}),
     "a garbled chunk": ([in_a_stream(NET_KEY.encode() + b"\r\n")], {}),
     "no HTTP": ([net_sends(NET_KEY.encode() + b"\r\n\r\n")], {}),
@@ -9690,13 +9693,16 @@ def streams_request(make: Callable[..., rs.ChatStream], wire: Any) -> Any:
     return wire.requests[0]
 
 
+#: The server knows no user turn that asks to go on.
+STREAMS_MODES = [row for row in STREAMS_EXACT if row[-1] != "ask"]
+STREAMS_CONTINUED = [row for row in STREAMS_EXACT if row[-1] == "continue"]
+
+
 @pytest.mark.parametrize("fault", ["drop", "reset", "end", "drop-chunk"])
-@pytest.mark.parametrize("row", STREAMS_EXACT, ids=lambda row: row[0])
+@pytest.mark.parametrize("row", STREAMS_MODES, ids=lambda row: row[0])
 def test_a_stream_killed_on_a_real_socket_gives_the_whole_text_once(
     row: Any, fault: str
 ) -> None:
-    if row[-1] == "ask":
-        pytest.skip("the server knows no user turn that asks to go on")
     make, suffix = streams_resumed(row), streams_suffix(row[1])
     cuts = list(range(90 + 7 * len(fault), 1300, 420))
     script = [entry for cut in cuts for entry in (f"{fault}:{cut}", "ok")]
@@ -9709,9 +9715,6 @@ def test_a_stream_killed_on_a_real_socket_gives_the_whole_text_once(
             assert printed == stream.text == STREAMS_STORY
             assert len(server.requests) == 2 * number
             assert server.open_connections <= 1
-
-
-STREAMS_MODES = [row for row in STREAMS_EXACT if row[-1] != "ask"]
 
 
 @settings(
@@ -9769,10 +9772,8 @@ def test_several_drops_in_one_stream_leave_the_text_exact(row: Any) -> None:
     assert (result.finish_reason, result.stats.retries) == ("stop", 4)
 
 
-@pytest.mark.parametrize("row", STREAMS_EXACT, ids=lambda row: row[0])
+@pytest.mark.parametrize("row", STREAMS_CONTINUED, ids=lambda row: row[0])
 def test_a_reply_that_repeats_the_prefix_is_recognised(row: Any) -> None:
-    if row[-1] != "continue":
-        pytest.skip("nothing is continued here")
     with streams_wire(STREAMS_STORY, pieces=5, continuation="repeat") as wire:
         whole = len(wire.reply(streams_request(streams_resumed(row), wire))[1])
         for cut in range(whole // 2, whole, 173):
@@ -10083,6 +10084,51 @@ def test_never_raises_the_drop_without_another_request() -> None:
             _, error = streams_outcome(streams_ask(dialect, resume="never", seed=1))
         assert isinstance(error, rs.StreamConnectionError)
         assert wire.actions == ["start"]
+
+
+@pytest.mark.parametrize("resume", ["continue", "ask", streams_prefilled])
+@pytest.mark.parametrize("params", [{"n": 2}, {"response_format": {"type": "json"}}])
+def test_several_choices_and_constrained_output_are_not_continued_by_any_mode(
+    resume: Any, params: dict[str, Any]
+) -> None:
+    cut = ("raw", [streams_body_of("vllm", "abcd", ends=False)])
+    with streams_wire("abcdefgh", [cut]) as wire:
+        printed, error = streams_outcome(streams_ask("vllm", resume=resume, **params))
+    assert isinstance(error, rs.IncompleteStreamError)
+    assert printed == "abcd"
+    assert wire.actions == ["start"]
+
+
+def test_a_dialect_that_cannot_do_what_was_chosen_says_so_in_the_drop() -> None:
+    cut = ("raw", [streams_body_of("ollama-generate", "abcd", ends=False)])
+    for resume in ("continue", "ask"):
+        with streams_wire("abcdefgh", [cut]) as wire:
+            printed, error = streams_outcome(
+                streams_ask("ollama-generate", resume=resume)
+            )
+        assert isinstance(error, rs.IncompleteStreamError)
+        assert f"'ollama-generate' cannot {resume}" in str(error)
+        assert printed == error.text == "abcd"
+        assert wire.actions == ["start"]
+
+
+def test_reattaching_is_asked_for_only_where_it_exists() -> None:
+    for dialect, background in (("openai-responses", True), ("openai", None)):
+        with streams_wire("abcd") as wire:
+            list(streams_ask(dialect, resume="reattach"))
+        assert wire.bodies[0].get("background") is background
+
+
+def test_a_replay_of_several_choices_gives_each_one_exactly_once() -> None:
+    with streams_wire("abc🐸ef", pieces=3) as wire:
+        whole = len(wire.reply(streams_first(streams_ask(n=2)))[1])
+        for cut in range(0, whole, 11):
+            wire.cuts = [("drop", cut), ("drop", cut // 2)]
+            stream = streams_ask(n=2, resume="replay")
+            handed = {0: "", 1: ""}
+            for delta in stream.deltas():
+                handed[delta.index] += delta.text
+            assert handed == stream.result.choices == {0: "abc🐸ef", 1: "cbafe🐸"}
 
 
 def test_before_the_first_delta_every_mode_just_tries_again() -> None:
@@ -11200,6 +11246,481 @@ def test_an_observer_may_be_added_before_the_start() -> None:
         list(stream)
     assert told[0] == "start"
     assert told[-1] == "complete"
+
+
+# ---------------------------------------------------------------------------
+# 12. Event streams: stream_events, for any SSE endpoint
+# ---------------------------------------------------------------------------
+
+STREAMS_URL = "http://host/events"
+
+
+def streams_feed(url: str = STREAMS_URL, **arguments: Any) -> rs.EventStream:
+    arguments.setdefault("retry", STREAMS_AT_ONCE)
+    return rs.stream_events(url, **arguments)
+
+
+def streams_numbered(text: str, size: int) -> list[rs.ServerSentEvent]:
+    """What the server's ``/events`` tells."""
+    pieces = [text[start : start + size] for start in range(0, len(text), size)]
+    return [
+        rs.ServerSentEvent("message", piece, str(number))
+        for number, piece in enumerate(pieces, 1)
+    ]
+
+
+def streams_ids(wire: Any) -> list[str | None]:
+    return [request.headers.get("Last-Event-ID") for request in wire.requests]
+
+
+@pytest.mark.parametrize("kind", ["drop", "end"])
+@pytest.mark.parametrize("eol", ["\n", "\r\n", "\r"])
+def test_events_come_exactly_once_though_the_feed_is_cut_after_any_byte(
+    eol: str, kind: str
+) -> None:
+    text = "é x🐸\tyZ"
+    events = streams_numbered(text, 2)
+    with streams_wire(text, pieces=2, eol=eol, reconnection_ms=0) as wire:
+        whole = len(transcript("/events", text, pieces=2, eol=eol, reconnection_ms=0))
+        for cut in range(whole + 1):
+            wire.cuts, wire.requests = [(kind, cut)], []
+            assert list(streams_feed()) == events
+            first, *others = streams_ids(wire)
+            assert first is None
+            assert others[-1] == str(len(events))
+            assert 2 <= len(wire.requests) <= 3
+
+
+@settings(deadline=None, max_examples=40)
+@given(cuts=st.lists(st.tuples(st.sampled_from(["drop", "end"]), st.integers(0, 300))))
+def test_any_number_of_cuts_leaves_the_events_exact(cuts: Any) -> None:
+    text = "0123456789 é🐸" * 2
+    with streams_wire(text, cuts, pieces=3):
+        stream = streams_feed(retry=STREAMS_PATIENT)
+        assert list(stream) == streams_numbered(text, 3)
+        assert stream.stats.events == len(streams_numbered(text, 3))
+
+
+@pytest.mark.parametrize(
+    "fault", ["drop:55", "reset:55", "end:55", "refuse", "status:503"]
+)
+def test_a_feed_on_a_real_socket_is_reconnected(fault: str) -> None:
+    text = "abcdefghijkl"
+    with FlakyServer(text, [fault], pieces=2) as server:
+        stream = streams_feed(server.url + "/events", timeouts=STREAMS_SOON)
+        assert list(stream) == streams_numbered(text, 2)
+        sent = [request.headers.get("last-event-id") for request in server.requests]
+        assert sent[-1] == "6"
+        assert sent[0] is None
+        assert all(request.method == "GET" for request in server.requests)
+        assert stream.stats.requests == len(server.requests)
+    assert stream.last_event_id == "6"
+
+
+def test_the_servers_reconnection_time_is_the_wait(streams_waits: list[float]) -> None:
+    with streams_wire("abcdef", [("drop", 60)], pieces=1, reconnection_ms=2500):
+        stream = streams_feed(retry=rs.Retry())
+        list(stream)
+    assert streams_waits == [2.5, 2.5]
+    assert stream.reconnection_time == 2.5
+    streams_waits.clear()
+    with streams_wire("abcdef", [("drop", 60)], pieces=1):
+        list(streams_feed(retry=rs.Retry()))
+    assert streams_waits == [1, 1]
+
+
+def test_failed_reconnections_wait_longer_than_the_reconnection_time(
+    streams_waits: list[float],
+) -> None:
+    busy = ("status", 503, {}, "{}")
+    cuts = [("drop", 60), busy, busy, busy]
+    with streams_wire("abcdef", cuts, pieces=1, reconnection_ms=1500):
+        list(streams_feed(retry=rs.Retry(attempts=9)))
+    assert streams_waits == [1.5, 2, 4, 8, 1.5]
+
+
+def test_retry_after_goes_over_the_reconnection_time(
+    streams_waits: list[float],
+) -> None:
+    busy = ("status", 503, {"Retry-After": "7"}, "{}")
+    with streams_wire("ab", [busy], pieces=1, reconnection_ms=10):
+        list(streams_feed())
+    assert streams_waits == [7, 0.01]
+
+
+@pytest.mark.parametrize("milliseconds", [60001, 10**400])
+def test_a_reconnection_time_that_does_not_fit_is_raised_at_once(
+    milliseconds: int, streams_waits: list[float]
+) -> None:
+    raw = f"retry: {milliseconds}\ndata: a\n\n".encode()
+    with streams_wire("", [("raw", [raw])]):
+        stream = streams_feed()
+        assert next(stream).data == "a"
+        with pytest.raises(rs.IncompleteStreamError) as caught:
+            next(stream)
+    assert "60 s" in str(caught.value) or "inf s" in str(caught.value)
+    assert streams_waits == []
+
+
+def test_status_204_ends_the_feed() -> None:
+    with streams_wire("", [("status", 204, {}, "")]) as wire:
+        assert list(streams_feed()) == []
+        assert len(wire.requests) == 1
+    with FlakyServer("ab", pieces=1) as server:
+        stream = streams_feed(server.url + "/events", last_event_id="2")
+        assert list(stream) == []
+        assert len(server.requests) == 1
+    assert stream.stats.requests == 1
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 451, 301])
+def test_a_fatal_status_is_not_followed_by_another_request(status: int) -> None:
+    with streams_wire("ab", [("status", status, {}, "no")]) as wire:
+        stream = streams_feed()
+        with pytest.raises(rs.APIError) as caught:
+            next(stream)
+        assert len(wire.requests) == 1
+    assert caught.value.status == status
+    assert caught.value.history[0].error == "APIError"
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_a_status_that_passes_with_time_is_tried_again(status: int) -> None:
+    with streams_wire("ab", [("status", status, {}, "no")]):
+        assert len(list(streams_feed())) == 1
+
+
+@pytest.mark.parametrize(
+    "kind", ["application/json", "text/html; charset=utf-8", "text/plain", ""]
+)
+def test_a_wrong_content_type_is_fatal(kind: str) -> None:
+    with streams_wire("ab") as wire:
+        wire.headers = {"Content-Type": kind}
+        with pytest.raises(rs.MalformedStreamError) as caught:
+            next(streams_feed())
+        assert len(wire.requests) == 1
+    assert repr(kind.partition(";")[0]) in str(caught.value)
+    assert not caught.value.retryable
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/event-stream", "Text/Event-Stream ; charset=UTF-8", None]
+)
+def test_the_right_content_type_is_taken_in_any_spelling(kind: str | None) -> None:
+    with streams_wire("ab") as wire:
+        wire.headers = {} if kind is None else {"Content-Type": kind}
+        assert [event.data for event in streams_feed()] == ["ab"]
+
+
+def test_a_post_ends_with_a_clean_end_and_goes_on_after_a_drop() -> None:
+    body: Any = {"q": ["x"]}
+    with streams_wire("abcd", pieces=1) as wire:
+        assert len(list(streams_feed(method="POST", json=body))) == 4
+        assert len(wire.requests) == 1
+        wire.requests, wire.cuts = [], [("drop", 45)]
+        assert len(list(streams_feed(method="POST", json=body))) == 4
+    assert streams_ids(wire) == [None, "3"]
+    assert wire.bodies == [body, body]
+    for request in wire.requests:
+        assert request.method == "POST"
+        assert request.headers["Content-Type"] == "application/json"
+        assert request.headers["Accept"] == "text/event-stream"
+    with FlakyServer("abcd", ["drop:30"], pieces=1) as server:
+        stream = streams_feed(server.url + "/events", method="POST", json=body)
+        assert [event.data for event in stream] == list("abcd")
+        assert [request.json for request in server.requests] == [body, body]
+
+
+def test_without_retry_a_feed_is_never_reconnected() -> None:
+    with streams_wire("abcd", pieces=1) as wire:
+        assert len(list(streams_feed(retry=None))) == 4
+        wire.cuts = [("drop", 30)]
+        stream = streams_feed(retry=None)
+        assert [next(stream).data, next(stream).data] == ["a", "b"]
+        with pytest.raises(rs.StreamConnectionError):
+            next(stream)
+        assert len(wire.requests) == 2
+
+
+def test_only_requests_in_a_row_without_a_new_event_count_as_attempts() -> None:
+    busy = ("status", 503, {}, "{}")
+    retry = rs.Retry(attempts=3, wait_initial=0)
+    text = "abcdefghijklmnopqrst"
+    with streams_wire(text, [("drop", 16), busy, busy] * 20, pieces=1) as wire:
+        stream = streams_feed(retry=retry)
+        assert [event.data for event in stream] == list(text)
+        assert len(wire.requests) == 61
+    with streams_wire(text, [("drop", 16), *[busy] * 9], pieces=1) as wire:
+        stream = streams_feed(retry=retry)
+        assert next(stream).data == "a"
+        with pytest.raises(rs.APIError) as caught:
+            next(stream)
+        assert len(wire.requests) == 4
+    with streams_wire(text, [busy] * 9, pieces=1) as wire:
+        with pytest.raises(rs.APIError):
+            next(streams_feed(retry=retry))
+        assert len(wire.requests) == 3
+    assert [record.error for record in caught.value.history] == [
+        "StreamConnectionError",
+        *["APIError"] * 3,
+    ]
+    assert [record.action for record in caught.value.history][1:] == ["retry"] * 3
+
+
+def test_endless_reconnections_keep_the_memory_flat() -> None:
+    with streams_wire("") as wire:
+        stream = streams_feed()
+        for number in range(2500):
+            wire.cuts = [("raw", [f"id: {number}\ndata: x\n\n".encode()])]
+            wire.requests.clear()
+            assert next(stream).id == str(number)
+        feed = stream._feed
+        assert len(feed.ledger.history) <= 1000
+        assert stream.stats.requests == 2500
+        assert stream.stats.events == 2500
+        stream.close()
+
+
+def test_close_ends_a_feed_and_no_request_follows() -> None:
+    with FlakyServer("abcd", ["stall-event:2"], pieces=1) as server:
+        stream = streams_feed(server.url + "/events")
+        assert [next(stream).data, next(stream).data] == ["a", "b"]
+        begun = time.monotonic()
+        threading.Timer(0.05, stream.close).start()
+        with pytest.raises(rs.StreamAbortedError):
+            next(stream)
+        assert time.monotonic() - begun < 5
+        with pytest.raises(rs.StreamAbortedError):
+            list(stream)
+        streams_until(lambda: server.open_connections == 0)
+        assert len(server.requests) == 1
+        with streams_feed(server.url + "/events") as stream:
+            assert next(stream).data == "a"
+        assert list(stream) == []
+        assert len(server.requests) == 2
+
+
+def test_close_ends_the_wait_before_a_reconnection() -> None:
+    raw = b"retry: 50000\ndata: a\n\n"
+    stream: Any = None
+
+    def close_soon(record: rs.StreamRecord) -> None:
+        threading.Timer(0.05, stream.close).start()
+
+    with streams_wire("", [("raw", [raw])]) as wire:
+        stream = streams_feed(observe=rs.Observer(on_retry=close_soon))
+        begun = time.monotonic()
+        with pytest.raises(rs.StreamAbortedError):
+            list(stream)
+        assert time.monotonic() - begun < 10
+        assert len(wire.requests) == 1
+    with streams_wire("", [("raw", [raw])]) as wire:
+        stream = streams_feed(
+            observe=rs.Observer(on_retry=lambda record: stream.close())
+        )
+        assert [event.data for event in stream] == ["a"]
+        assert len(wire.requests) == stream.stats.requests == 1
+
+
+def test_close_within_a_batch_from_another_thread_aborts() -> None:
+    with streams_wire("abcd", pieces=1):
+        stream = streams_feed()
+        assert next(stream).data == "a"
+        closer = threading.Thread(target=stream.close)
+        closer.start()
+        closer.join()
+        with pytest.raises(rs.StreamAbortedError):
+            next(stream)
+
+
+def test_a_loop_over_an_unnamed_feed_that_is_left_closes() -> None:
+    with FlakyServer("abcd", ["stall-event:2"], pieces=1) as server:
+        for _ in streams_feed(server.url + "/events"):
+            break
+        gc.collect()
+        streams_until(lambda: server.open_connections == 0)
+
+
+def test_the_last_event_id_is_that_of_the_event_in_hand() -> None:
+    with streams_wire("abcd", pieces=1) as wire:
+        stream = streams_feed(last_event_id="")
+        for number in range(1, 4):
+            assert next(stream).id == stream.last_event_id == str(number)
+        stream.close()
+        again = streams_feed(last_event_id=stream.last_event_id)
+        assert [event.data for event in again] == ["d"]
+    assert streams_ids(wire) == [None, "3", "4"]
+
+
+def test_the_last_event_id_goes_out_as_utf_8_and_an_empty_one_not_at_all() -> None:
+    told = ["id: é🐸\ndata: a\n\n", "id\ndata: b\n\n", "id: x\n\nid: y\ndata: c"]
+    with streams_wire("", [("raw", [raw.encode()]) for raw in told]) as wire:
+        wire.cuts.append(("status", 204, {}, ""))
+        stream = streams_feed(last_event_id="7")
+        assert [event.data for event in stream] == ["a", "b"]
+    sent = streams_ids(wire)
+    assert sent[0] == "7"
+    assert sent[1] == "é🐸".encode().decode("latin-1")
+    assert sent[2] is None
+    assert sent[3] == "x"  # dispatched, though it had no data; y was not
+    assert stream.last_event_id == "x"
+
+
+def test_limits_of_a_feed_are_errors_behind_the_events_before_them() -> None:
+    raw = b"data: a\n\ndata: " + b"b" * 100 + b"\n\n"
+    for limit in ("line", "event"):
+        with streams_wire("", [("raw", [raw])]) as wire:
+            stream = streams_feed(limits=rs.Limits(**{limit: 50}))
+            assert next(stream).data == "a"
+            with pytest.raises(rs.StreamLimitError) as caught:
+                next(stream)
+            assert len(wire.requests) == 1
+        assert caught.value.limit == limit
+
+
+@pytest.mark.parametrize(
+    ("fault", "timeouts", "kind"),
+    [
+        ("stall-event:2", {"read": 0.2}, "read"),
+        ("ping-forever:2", {"idle": 0.2}, "idle"),
+        ("ping-forever:2", {"total": 0.3}, "total"),
+        ("stall-event:0", {"first_token": 0.2}, "first_token"),
+    ],
+)
+def test_a_silent_feed_times_out_by_the_limit_that_was_set(
+    fault: str, timeouts: dict[str, float], kind: str
+) -> None:
+    limits = rs.Timeouts(**{"first_token": None, "idle": None, **timeouts})
+    with FlakyServer("abcd", [fault], pieces=1) as server:
+        url = server.url + "/events"
+        with pytest.raises(rs.StreamTimeoutError) as caught:
+            list(streams_feed(url, timeouts=limits, retry=None))
+        assert caught.value.kind == kind
+        assert caught.value.history[0].error == "StreamTimeoutError"
+    if kind != "total":
+        with FlakyServer("abcd", [fault], pieces=1) as server:
+            events = list(streams_feed(server.url + "/events", timeouts=limits))
+            assert events == streams_numbered("abcd", 1)
+
+
+def test_a_quiet_feed_is_healthy() -> None:
+    timeouts = rs.stream_events.__kwdefaults__["timeouts"]
+    assert (timeouts.first_token, timeouts.idle) == (None, None)
+    assert (timeouts.connect, timeouts.read, timeouts.total) == (10, 120, None)
+    chosen = rs.Timeouts(first_token=None, idle=None, read=1)
+    with FlakyServer("abcd", ["pings:3+drip:0.01"], pieces=1) as server:
+        url = server.url + "/events"
+        assert len(list(streams_feed(url, timeouts=chosen))) == 4
+
+
+def test_observers_of_a_feed_are_told_of_each_event_and_of_one_end() -> None:
+    records: list[rs.StreamRecord] = []
+    hooks = [name for name in vars(rs.Observer) if name.startswith("on_")]
+    observer = rs.Observer(**{hook: records.append for hook in hooks})
+    headers = {"Authorization": "Bearer sk-secret"}
+    with streams_wire("ab", [("drop", 20)], pieces=1):
+        list(streams_feed(observe=observer, headers=headers))
+    whats = [record.what for record in records]
+    assert whats[0] == "start"
+    assert whats[-1] == "complete"
+    assert whats.count("event") == 2
+    assert whats.count("request") == 3
+    assert whats.count("retry") == 2
+    assert isinstance(records[-1].data, rs.StreamStats)
+    shown = "".join(map(repr, records))
+    assert "sk-secret" not in shown
+    told: list[str] = []
+    with streams_wire("ab", [("status", 400, {}, "{}")]):
+        with pytest.raises(rs.APIError):
+            list(streams_feed(observe=streams_recorder(told)))
+    assert told == ["start", "request", "response", "chunk", "error"] or told == [
+        "start",
+        "request",
+        "response",
+        "error",
+    ]
+
+
+def test_an_exception_in_an_observer_of_a_feed_reaches_the_caller() -> None:
+    def fail(record: rs.StreamRecord) -> None:
+        if record.data.data == "b":
+            raise LookupError
+
+    with streams_wire("abcd", pieces=1) as wire:
+        stream = streams_feed(observe=rs.Observer(on_event=fail))
+        assert next(stream).data == "a"
+        with pytest.raises(LookupError):
+            next(stream)
+        assert stream.last_event_id == "1"
+        assert wire.closed == 1
+
+
+def test_the_error_of_a_feed_says_after_how_much_and_can_be_pickled() -> None:
+    busy = ("status", 503, {}, "{}")
+    with streams_wire("ab", [("drop", 20), busy, busy], pieces=1):
+        stream = streams_feed(retry=rs.Retry(attempts=2, wait_initial=0))
+        assert next(stream).data == "a"
+        with pytest.raises(rs.APIError) as caught:
+            next(stream)
+        with pytest.raises(rs.APIError) as again:
+            list(stream)
+    assert again.value is caught.value
+    assert "1 events" in str(caught.value)
+    assert "request 3" in str(caught.value)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert str(copy) == str(caught.value)
+    assert copy.history == caught.value.history
+    assert (copy.text, copy.result) == ("", None)
+    assert stream.stats.bytes > 0
+
+
+STREAMS_BAD_EVENTS = [
+    ("url", [5, "", "host/events", None]),
+    ("method", ["get", "PUT", None, 5]),
+    ("json", [{1, 2}, object(), {"a": float("nan")}]),
+    ("headers", [5, {"a": 5}, {"a": "b\r\nc: d"}]),
+    ("timeouts", [5, None]),
+    ("retry", [5]),
+    ("limits", [5, None]),
+    ("last_event_id", [5, None, "a\nb", "a\0b", "a\rb"]),
+    ("observe", [print, 5]),
+    ("session", ["x"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, values in STREAMS_BAD_EVENTS for value in values],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_bad_value_for_a_feed_is_a_clear_error_that_names_the_argument(
+    name: str, value: Any
+) -> None:
+    arguments: dict[str, Any] = {"url": STREAMS_URL, name: value}
+    if name == "json":
+        arguments["method"] = "POST"
+    with pytest.raises((TypeError, ValueError)) as caught:
+        rs.stream_events(**arguments)
+    assert name in str(caught.value)
+
+
+def test_a_get_has_no_body_and_headers_of_the_caller_go_over_ours() -> None:
+    with pytest.raises(ValueError, match="json"):
+        rs.stream_events(STREAMS_URL, json={})
+    headers = {"accept": "text/event-stream;x=1", "X-A": "b", "User-Agent": None}
+    with streams_wire("ab") as wire:
+        stream = streams_feed(headers=headers)
+        assert wire.requests == []
+        list(stream)
+    sent = {name.lower(): value for name, value in wire.requests[0].headers.items()}
+    assert sent["accept"] == "text/event-stream;x=1"
+    assert sent["x-a"] == "b"
+    assert "user-agent" not in sent
+    assert headers == {
+        "accept": "text/event-stream;x=1",
+        "X-A": "b",
+        "User-Agent": None,
+    }
 
 
 # ---------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def call(bench: Bench) -> Result:
     """CPU of a whole call: request, answer, end"""
     result = Result()
     for shape, count in (("openai", 1), ("openai", 500), ("anthropic", 500)):
-        repeat = bench.amount(20, 8)
+        repeat = bench.amount(10, 5)
         jobs = jobs_for(clients(shape), _call_cpu, bench, shape, count, repeat)
         times = bench.interleave(jobs, bench.amount(3, 1))
         ratios, rows = ratio_rows(times, "iter_lines", 1e3)
@@ -472,32 +472,43 @@ def _more(times: dict[str, list[float]], name: str) -> str:
 
 def instructions(bench: Bench) -> Result:
     """Instructions per delta: two lengths of a stream, subtracted"""
-    tool, number = _counter()
+    tool, read = _counter()
     if not tool:
         return Result(
             notes=["Neither perf's instruction counter nor valgrind is here."]
         )
-    shapes = ["openai", "openai-padded", "anthropic", "responses"][: bench.amount(4, 1)]
-    names = [name for name in MAIN if name in clients("openai")]
-    lengths = [("openai", 100), *((shape, 2100) for shape in shapes)]
+    shapes = list(_CPU_GOALS)[: bench.amount(4, 1)]
+    pairs = [(shape, name) for shape in shapes for name in ("floor", OURS)]
+    pairs = [
+        pair
+        for pair in [*pairs, ("openai", "iter_lines")]
+        if pair[1] in clients(pair[0])
+    ]
 
-    def count(job: tuple[str, str, int]) -> int:
-        peer, shape, deltas = job
-        return number(bench.client(peer, shape, deltas, before=tool)["stderr"])
+    def count(shape: str, peer: str, deltas: int) -> int:
+        return read(bench.client(peer, shape, deltas, before=tool)["stderr"])
 
-    jobs = [(peer, *length) for peer in names for length in lengths]
     with ThreadPoolExecutor(2) as pool:  # what else runs does not disturb the count
-        counts = dict(zip(jobs, pool.map(count, jobs)))
-    rows = []
-    for shape, peer in itertools.product(shapes, names):
-        each, floor = (
-            (counts[name, shape, 2100] - counts[name, "openai", 100]) / 2000
-            for name in (peer, "floor")
+        short, long = (
+            [pool.submit(count, *pair, deltas) for pair in pairs]
+            for deltas in (200, 1200)
         )
-        rows.append([f"{shape}, {peer}", f"{each / floor:.2f}", f"{each:,.0f}"])
+        each = {
+            pair: (more.result() - less.result()) / 1000
+            for pair, less, more in zip(pairs, short, long)
+        }
+    rows = [
+        [f"{shape}, {peer}", f"{number / each[shape, 'floor']:.2f}", f"{number:,.0f}"]
+        for (shape, peer), number in each.items()
+    ]
+    goals = [
+        Goal(f"instructions, {shape} / floor", number / each[shape, "floor"], limit)
+        for shape, limit in _CPU_GOALS.items()
+        if (number := each.get((shape, OURS)))
+    ]
     columns = ["client", "ratio to floor", "instructions"]
     note = f"Instructions: counted by {tool[0]}; those of the kernel are not in it."
-    return Result([Table("Instructions per delta", columns, rows)], notes=[note])
+    return Result([Table("Instructions per delta", columns, rows)], goals, [note])
 
 
 def _counter() -> tuple[list[str], Callable[[str], int]]:
