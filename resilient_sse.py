@@ -1140,15 +1140,15 @@ class Answer(_Kept):
 
     def text(self, text: Any, index: Any = 0) -> None:
         """Add visible text of a choice."""
-        self._add("text", text, index)
+        self.add("text", text, index)
 
     def reasoning(self, text: Any, index: Any = 0) -> None:
         """Add reasoning of a choice."""
-        self._add("reasoning", text, index)
+        self.add("reasoning", text, index)
 
     def refusal(self, text: Any, index: Any = 0) -> None:
         """Add to the refusal of a choice."""
-        self._add("refusal", text, index)
+        self.add("refusal", text, index)
 
     def call_arguments(self, key: Any, arguments: Any, index: Any = 0) -> None:
         """Add a fragment to the arguments of a tool call; "" announces the call."""
@@ -1279,7 +1279,8 @@ class Answer(_Kept):
             self.progress += 1
             self.started = True
 
-    def _add(self, kind: str, text: Any, index: Any) -> None:
+    def add(self, kind: str, text: Any, index: Any) -> None:
+        """Add a piece of any kind."""
         if not isinstance(text, str) or not text:
             self.odd(text or None)
             return
@@ -1320,7 +1321,7 @@ class Answer(_Kept):
         for kind, index in list(self._held):
             del self._held[kind, index]
             if kind != "tool_call":
-                self._add(kind, "\ufffd", index)
+                self.add(kind, "\ufffd", index)
 
 
 def _mend(text: str) -> str:
@@ -1769,7 +1770,8 @@ class Dialect:
     finish_is_final = True
     #: Keys that may carry text, tool arguments, a finish reason or an error.
     vital_keys: tuple[str, ...] = ("content", "text", "finish_reason", "error")
-    #: Keys whose values :meth:`read` never looks at, such as padding.
+    #: Keys whose values :meth:`read` does not look at once an answer has begun, such
+    #: as padding, or the ID that each chunk repeats.
     idle_keys: tuple[str, ...] = ()
     #: The key that numbers the events, if any; see ``Answer.cursor``.
     cursor_key = ""
@@ -1949,7 +1951,13 @@ class OpenAI(Dialect):
         "arguments",
         "tool_calls",
     )
-    idle_keys: tuple[str, ...] = ("obfuscation", "p", "created", "system_fingerprint")
+    idle_keys: tuple[str, ...] = (
+        "id",
+        "obfuscation",
+        "p",
+        "created",
+        "system_fingerprint",
+    )
     finish_reasons: ClassVar[Mapping[str, str]] = _STANDARD_FINISHES
     asks_for_usage = True
 
@@ -3299,79 +3307,59 @@ _JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _JSON_NUMBER = re.compile(r"\s*:\s*(0|[1-9][0-9]*)(?![0-9.eE])")
 
 
+#: What may stand in a hole, by its kind.
+_HOLES = {
+    "text": rb'([^"\\\n]*(?:\\.[^"\\\n]*)*)',
+    "idle": rb'[^"\\\n]*',
+    "number": rb"(?:0|[1-9][0-9]{0,17})",
+    "cursor": rb"(0|[1-9][0-9]{0,17})",
+    "spaces": rb" *",
+}
+
+
 class _Shape:
     """Events that differ in their text alone, read many at a time.
 
     A shape is learned from one event: the characters that stay (literals) and the
     holes between them.  One hole is the JSON string whose value :meth:`Dialect.read`
     delivered, proved by reading the event again with another string in its place.
-    The others are values that the dialect never reads, its event number, or spaces
-    at the end.  A region matches if it is nothing but literals and valid holes; then
-    each of its events would be parsed to the same thing with another text.
+    The others are values that the dialect does not read, its event number, or spaces
+    at the end.  What consists of literals and valid holes would be parsed to the same
+    thing with another text.
+
+    :param kind: what the text is: ``text`` or ``reasoning``.
+    :param literals: one more than there are holes.
     """
 
     def __init__(self, kind: str, literals: list[bytes], holes: list[str]) -> None:
         self.kind = kind
-        self.cursor: int | None = None
-        self._head = literals[0]
-        self._tail = literals[-1]
-        self._inner = literals[1:-1]
-        self._holes = holes
+        literals = [re.escape(literal) for literal in literals]
+        inner = (_HOLES[hole] + literal for hole, literal in zip(holes, literals[1:]))
+        self._pattern = re.compile(literals[0] + b"".join(inner))
+        groups = [hole for hole in holes if hole in ("text", "cursor")]
+        self._step = len(groups) + 1
+        self._text = groups.index("text") + 1
+        self._cursor = groups.index("cursor") + 1 if "cursor" in groups else None
 
-    def match(self, region: bytes) -> list[str] | None:
-        """The text of each event; None if the region is not of this shape."""
-        head, tail = self._head, self._tail
-        if not (region.startswith(head) and region.endswith(tail)):
-            return None
-        if len(region) < len(head) + len(tail):  # they overlap
-            return None
-        rows: Sequence[bytes] = region[len(head) : -len(tail)].split(tail + head)
-        texts: list[str] | None = None
-        for hole, literal in itertools.zip_longest(self._holes, self._inner):
-            column = rows
-            if literal is not None:
-                parts = [row.partition(literal) for row in rows]
-                column, marks, rows = zip(*parts)
-                if b"" in marks:
-                    return None
-            if hole == "text":
-                texts = _unquoted(column)
-                if texts is None:
-                    return None
-            elif not self._fits(hole, column):
-                return None
+    def split(self, region: bytes) -> tuple[list[bytes], list[str], list[bytes]]:
+        """Split a region at the events of this shape.
+
+        :returns: the gaps before, between and behind them; their texts; their
+            numbers, if they have any.
+        :raises ValueError: a text needs more than to be unquoted.
+        """
+        parts = self._pattern.split(region)
+        step = self._step
+        numbers = [] if self._cursor is None else parts[self._cursor :: step]
+        return parts[::step], _unquoted(parts[self._text :: step]), numbers
+
+
+def _unquoted(bodies: list[bytes]) -> list[str]:
+    """The values of JSON strings that are given without their quotes."""
+    texts = list(map(bytes.decode, bodies))
+    if b"\\" not in b"".join(bodies):
         return texts
-
-    def _fits(self, hole: str, column: Sequence[bytes]) -> bool:
-        if hole == "spaces":
-            return not b"".join(column).strip(b" ")
-        if hole == "idle":
-            joined = b"".join(column)
-            return not (b'"' in joined or b"\\" in joined or b"\n" in joined)
-        if hole == "cursor" and column[-1].isdigit():
-            self.cursor = int(column[-1][:18])
-        joined = b"\n".join(column)
-        return joined.count(b"\n") < len(column) and bool(_NUMBERS.match(joined))
-
-
-_NUMBERS = re.compile(rb"(?:(?:0|[1-9][0-9]{0,17})(?:\n|\Z))+\Z")
-
-
-def _unquoted(bodies: Sequence[bytes]) -> list[str] | None:
-    """The values of JSON strings, given without their quotes; None if one is not."""
-    joined = b"".join(bodies)
-    escaped = b"\\" in joined
-    # A quote in a string without a backslash cannot hide here; one in a string with a
-    # backslash is found below.
-    if b"\n" in joined or b'"' in (joined.replace(b'\\"', b"") if escaped else joined):
-        return None
-    try:
-        texts = list(map(bytes.decode, bodies))
-        if escaped:
-            texts = [_unescaped(text) if "\\" in text else text for text in texts]
-    except ValueError:
-        return None
-    return texts
+    return [_unescaped(text) if "\\" in text else text for text in texts]
 
 
 def _unescaped(body: str) -> str:
@@ -3450,7 +3438,7 @@ class _Lesson(NamedTuple):
                     holes.append((*number.span(1), "cursor"))
                 elif name in dialect.idle_keys:
                     holes.append((*number.span(1), "number"))
-            elif key in dialect.idle_keys and len(token.group()) > 2:
+            elif key in dialect.idle_keys:
                 holes.append((token.start() + 1, token.end() - 1, "idle"))
             elif key is not None and self._brings(token, text):
                 holes.append((token.start() + 1, token.end() - 1, "text"))
@@ -3696,19 +3684,40 @@ class _Intake:
     def _take(self, region: bytes) -> None:
         """Read a region of complete events.
 
-        What does not match the shape is read in portions, for the shape may be
-        learned from the first one, and match again behind a ping.
+        Without a shape it is read in portions, for one may be learned from the first.
         """
         answer = self._answer
         while region and not answer.ended and answer.error is None:
-            shape = self._shape if answer.is_plain else None
-            texts = shape.match(region) if shape is not None else None
-            if texts is not None:
-                self._take_texts(cast(_Shape, shape), texts)
+            if self._take_shaped(region):
                 return
             portion = self._portion(region)
             self._take_portion(portion)
             region = region[len(portion) :]
+
+    def _take_shaped(self, region: bytes) -> bool:
+        """Read a region by the shape; return whether it has events of that shape."""
+        shape, decoder = self._shape, cast("_Decoder", self._decoder)
+        if shape is None or not self._answer.is_plain:
+            return False
+        try:
+            gaps, texts, numbers = shape.split(region)
+        except ValueError:
+            return False
+        if not texts or not all(
+            gap.endswith(decoder.terminator) for gap in gaps if gap
+        ):
+            return False
+        self._patience = _PATIENCE
+        start = 0
+        for place, gap in enumerate(gaps):
+            if not gap and place < len(texts):
+                continue
+            self._take_texts(shape.kind, texts[start:place], numbers[start:place])
+            start = place
+            self._take_blocks(gap)
+            if self._answer.ended or self._answer.error is not None:
+                break
+        return True
 
     def _portion(self, region: bytes) -> bytes:
         """The first events of a region; all of it, if no shape is looked for."""
@@ -3719,19 +3728,25 @@ class _Intake:
         return region[: end + len(terminator)] if end >= 0 else region
 
     def _take_portion(self, region: bytes) -> None:
-        decoder = cast("_Decoder", self._decoder)
-        events = decoder._parse(region)
-        if decoder._stray:
-            self._take_blocks(decoder, region)
-            return
-        for event in events:
-            self._reader.read(event)
-            if self._answer.ended or self._answer.error is not None:
-                return
+        """Read events one by one, and learn from the last of them."""
+        events = self._take_blocks(region)
         if events and self._patience and self._answer.out:
             self._learn(region, events[-1])
 
-    def _take_blocks(self, decoder: _Decoder, region: bytes) -> None:
+    def _take_blocks(self, region: bytes) -> list[ServerSentEvent]:
+        """Read the events of complete blocks."""
+        decoder, answer = cast("_Decoder", self._decoder), self._answer
+        events = decoder._parse(region) if region else []
+        if decoder._stray:
+            self._take_strays(decoder, region)
+            return []
+        for event in events:
+            self._reader.read(event)
+            if answer.ended or answer.error is not None:
+                return []
+        return events
+
+    def _take_strays(self, decoder: _Decoder, region: bytes) -> None:
         """Read block by block: something outside of data counts where it stands."""
         decoder._stray.clear()
         for block in region.split(decoder.terminator):
@@ -3742,15 +3757,18 @@ class _Intake:
             if self._answer.ended or self._answer.error is not None:
                 return
 
-    def _take_texts(self, shape: _Shape, texts: list[str]) -> None:
+    def _take_texts(self, kind: str, texts: list[str], numbers: list[bytes]) -> None:
+        """Take what events of the shape bring."""
         self._reader.events += len(texts)
-        self._patience = _PATIENCE
-        if shape.cursor is not None:
-            self._answer.cursor = shape.cursor
+        if numbers:
+            self._answer.cursor = int(numbers[-1])
         if "" in texts:
             texts = [text for text in texts if text]
-        if texts:
-            self._answer.add_texts(shape.kind, texts)
+        if texts and self._answer.is_plain:
+            self._answer.add_texts(kind, texts)
+        elif texts:
+            for text in texts:
+                self._answer.add(kind, text, 0)
 
     def _learn(self, region: bytes, event: ServerSentEvent) -> None:
         """Learn the shape of the last event; after many misses, give up."""
