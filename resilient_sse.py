@@ -2440,6 +2440,7 @@ class OpenAIResponses(_ResponsesEvents):
         "response",
         "error",
     )
+    end_marker = ""
     idle_keys: tuple[str, ...] = ("obfuscation", "item_id")
 
     def body(
@@ -3501,10 +3502,12 @@ class _Reader:
         self.events += 1
         if self._on_event:
             self._on_event(event)
-        marker = self._dialect.end_marker
-        if marker and event.data.strip() == marker:
+        data = event.data.strip()
+        if data and data == self._dialect.end_marker:
             self._answer.end()
             return
+        if data == "[DONE]":
+            return  # gateways append it where it proves nothing
         try:
             chunk = parse_json(event.data)
         except ValueError:

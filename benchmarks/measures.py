@@ -273,7 +273,7 @@ def memory(bench: Bench) -> Result:
     grown = {name: values[-1][1] - values[0][1] for name, values in found.items()}
     goals = [
         Goal(f"MiB grown to {counts[-1]:,} deltas, {name}", grown[name], limit)
-        for name, limit in zip(list(modes)[1:], (1.5 * kept, 1))
+        for name, limit in zip(list(modes)[1:], (kept + 5, 1))
     ]
     note = f"By default the text is kept: {kept:.1f} Mi characters of {counts[-1]:,} deltas."
     return Result([table], goals, [note], Chart("log x", "deltas", "MiB", found))
