@@ -730,7 +730,7 @@ class SSEDecoder:
             events, self._noted = self._parse(region), 0
         lines = len(self._pending) - self._line
         if lines > self._noted:  # of an event that goes on
-            self._note_retry(self._pending[self._noted : lines])
+            self._note_retry(bytes(self._pending[self._noted : lines]))
             self._noted = lines
         if self._excess and not events:
             self._check()
@@ -4457,7 +4457,7 @@ _BODY_ERRORS = (
 
 def _body_of(response: requests.Response) -> _Body:
     """Choose the reader that hands over every byte at once."""
-    source = getattr(response.raw, "_fp", None)
+    source: Any = getattr(response.raw, "_fp", None)
     buffered = getattr(source, "fp", None)
     body: _Body
     if getattr(response, "_content_consumed", False):  # by a hook, or a mock

@@ -271,9 +271,8 @@ def test_the_defaults_are_the_documented_ones(option):
 @core_each_option
 def test_a_number_in_the_description_of_an_option_is_its_default(option):
     units = {"s": 1, "MiB": 2**20, "ride": 1}  # "6 ride out a minute of trouble"
-    for name, rest in re.findall(
-        r":param (\w+):(.*?)(?=\n    :|\Z)", option.__doc__, 16
-    ):
+    for text in option.__doc__.split(":param ")[1:]:
+        name, _, rest = text.partition("\n\n")[0].partition(":")
         default = CORE_OPTIONS[option][name]
         for number, unit in re.findall(r"\b(\d+) (s|MiB|ride)\b", rest):
             assert int(number) * units[unit] == default, name
@@ -498,6 +497,7 @@ CORE_CONFORMANCE = {
     "one line": (b"data: a\n\n", [("message", "a", "")], 0),
     "no space": (b"data:a\n\n", [("message", "a", "")], 0),
     "one space is removed": (b"data:  a \n\n", [("message", " a ", "")], 0),
+    "nor are two": (b"data:  a\ndata:   b\n\n", [("message", " a\n  b", "")], 0),
     "a tab is not": (b"data:\ta\n\n", [("message", "\ta", "")], 0),
     "two data lines": (b"data: a\ndata: b\n\n", [("message", "a\nb", "")], 0),
     "empty data lines": (b"data\ndata:\ndata: \n\n", [("message", "\n\n", "")], 0),
@@ -636,6 +636,17 @@ def test_a_reconnection_time_may_have_any_number_of_digits():
     assert decoder.reconnection_time == 0.25
 
 
+def test_a_reconnection_time_counts_with_its_line_and_not_with_its_event():
+    decoder = rs.SSEDecoder()
+    decoder.feed(b"data: a long line\ndata: and another\n")
+    assert decoder.feed(b"\nretry: 5\n") != []
+    assert decoder.reconnection_time == 0.005
+    decoder.feed(b"\nretry: 6")
+    assert decoder.reconnection_time == 0.005
+    decoder.feed(b"7\r")
+    assert decoder.reconnection_time == 0.067
+
+
 def test_the_last_good_reconnection_time_stays():
     decoder, _ = core_decode(b"retry: 100\n\nretry: x\n\n")
     assert decoder.reconnection_time == 0.1
@@ -666,8 +677,20 @@ def test_an_event_comes_with_its_last_byte_and_a_line_feed_is_swallowed_later():
 CORE_WORDS = [
     *[b"data", b"event", b"id", b"retry", b":", b" ", b"\n", b"\r", b"\r\n", b"\n\n"],
     *[b"\xef\xbb\xbf", b"\x00", b"\xff", b"\xe2\x80", b"\xa8", b"5", b"x", b"\xc2\x85"],
-    *[b"data: ", b"data: a\n\n", b"event: e\ndata: b\n\n", b"id: 7\ndata: c\n\n"],
-    *[b"id: 8\nevent: f\ndata: d\n\n", b": ping\n\n", b"retry: 10\n", b"id: 9\x00\n"],
+    *[
+        b"data: ",
+        b"data:  ",
+        b"data: a\n\n",
+        b"event: e\ndata: b\n\n",
+        b"id: 7\ndata: c\n\n",
+    ],
+    *[
+        b"id: 8\nevent: f\ndata: d\n\n",
+        b": ping\n\n",
+        b"retry: 10\n",
+        b"retry: 20\n\n",
+        b"id: 9\x00\n",
+    ],
     *[b"event: \n", b"data:e\n\n", b"id:\n"],
 ]
 core_streams = st.lists(st.sampled_from(CORE_WORDS), max_size=25).map(b"".join)
@@ -722,7 +745,7 @@ def test_a_limit_is_passed_at_the_same_byte_however_the_input_is_cut(
     assert core_until_limit(raw, [], limits) == one_by_one
 
 
-@pytest.mark.parametrize("cut", [None, 3, 16, 17, 18, 19])
+@pytest.mark.parametrize("cut", [None, 0, 3, 16, 17, 18, 19])
 @pytest.mark.parametrize("name, size", [("line", 8), ("event", 17)])
 def test_what_is_just_as_large_as_the_limit_is_decoded(name, size, cut):
     raw = b"\ndata: ab\ndata: ab\n\ndata: c\n\n"
@@ -777,16 +800,16 @@ def core_cpu_seconds(raw, size):
     return time.process_time() - started
 
 
-CORE_MIB = {
+CORE_LONG = {
     "one event": b"data: " + b"x" * (2**20 - 8) + b"\n\n",
-    "many lines": b"data: x\n" * (2**17 - 1) + b"data: \n\n",
-    "carriage returns": (b"data: x\r" * (2**17 - 1) + b"data: \n\n"),
+    "many lines": b"data: x\n" * (2**15 - 1) + b"data: \n\n",
+    "carriage returns": b"retry: 1\r" * (2**15 - 1) + b"data: \n\n",
 }
 
 
-@pytest.mark.parametrize("raw", CORE_MIB.values(), ids=CORE_MIB)
+@pytest.mark.parametrize("raw", CORE_LONG.values(), ids=CORE_LONG)
 def test_a_mebibyte_byte_by_byte_costs_a_fixed_price_per_byte(raw):
-    small = raw[: 2**17 - 2] + b"\n\n"
+    small = raw[: len(raw) // 8 - 2] + b"\n\n"
     base = max(core_cpu_seconds(small, 1), 0.01)
     # Eight times as many bytes: a quadratic decoder would take 64 times as long.
     assert core_cpu_seconds(raw, 1) < 24 * base + 0.5
@@ -1615,7 +1638,7 @@ def core_outcome(raw, dialect, **options):
             said[key] = said.get(key, "") + delta.text
     except rs.StreamingError as error:
         end = re.split(
-            r" \(after|[;?.] [Ii]t begins", f"{type(error).__name__}: {error}", 1
+            r" \(after|[;?.] [Ii]t begins", f"{type(error).__name__}: {error}"
         )[0]
         pickle.loads(pickle.dumps(error))
     result = pickle.loads(pickle.dumps(stream.result))
@@ -2086,6 +2109,10 @@ CORE_WAITS = {
     "date": ({"retry-after": formatdate(CORE_NOW + 30, usegmt=True)}, 30.0),
     "old date form": ({"retry-after": "Tuesday, 14-Nov-23 22:13:50 GMT"}, 30.0),
     "asctime is GMT": ({"retry-after": "Tue Nov 14 22:13:50 2023"}, 30.0),
+    "a date beyond all calendars": (
+        {"retry-after": "Wed, 21 Oct 99999999999999999999 07:28:00 GMT"},
+        None,
+    ),
     "past date": ({"retry-after": formatdate(CORE_NOW - 30, usegmt=True)}, None),
     "milliseconds": ({"retry-after-ms": "1500"}, 1.5),
     "milliseconds first": ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5),
@@ -2841,7 +2868,7 @@ def core_differs(dialect, regions):
 
 
 @pytest.mark.parametrize("dialect", CORE_TEACHERS)
-@core_settings(120)
+@core_settings(80)
 @given(data=st.data())
 def test_events_read_many_at_a_time_say_the_same_as_one_by_one(dialect, data):
     fast, slow = core_differs(dialect, data.draw(core_regions(dialect)))
@@ -2874,6 +2901,16 @@ CORE_TRAPS = {
         "openai",
         ': {"choices":[{"delta":{"content":"Hi"}}]}\ndata: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
         ': {"choices":[{"delta":{"content":"Ho"}}]}\ndata: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
+    ),
+    "the same JSON in an unknown field behind it": (
+        "openai",
+        'data: {"choices":[{"delta":{"content":"Hi"}}]}\nx: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
+        'data: {"choices":[{"delta":{"content":"Hi"}}]}\nx: {"choices":[{"delta":{"content":"Ho"}}]}\n\n',
+    ),
+    "the same JSON in a comment behind it": (
+        "openai",
+        'data: {"choices":[{"delta":{"content":"Hi"}}]}\n: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
+        'data: {"choices":[{"delta":{"content":"Hi"}}]}\n: {"choices":[{"delta":{"content":"Ho"}}]}\n\n',
     ),
     "an ID that comes later": (
         "gemini",
@@ -4035,13 +4072,23 @@ DL_RESPONSES = {
             dl_part("refusal.delta", 1, "N"),
             dl_part("refusal.delta", 2, "o."),
             dl_part("refusal.done", 3, "No.", key="refusal"),
-            dl_ended(4, [{"type": "message", "content": [{"refusal": "No."}]}]),
+            dl_ended(
+                4,
+                [
+                    {
+                        "type": "message",
+                        "content": [{"type": "refusal", "refusal": "No."}],
+                    }
+                ],
+            ),
         ],
         complete=-1,
         refusal="No.",
         raw="completed",
         usage=(3, 4),
-        message=[{"type": "message", "content": [{"refusal": "No."}]}],
+        message=[
+            {"type": "message", "content": [{"type": "refusal", "refusal": "No."}]}
+        ],
     ),
     "responses with done events only": DlCase(
         "openai-responses",
@@ -5443,7 +5490,14 @@ DL_WHOLE = {
             "status": "completed",
             "error": None,
             "output": [
-                {"type": "reasoning", "summary": [{"text": "Hm"}, {"text": "m"}]},
+                {
+                    "type": "reasoning",
+                    "summary": [
+                        {"type": "summary_text", "text": "H"},
+                        {"type": "summary_text", "text": "m"},
+                    ],
+                    "content": [{"type": "reasoning_text", "text": "m"}],
+                },
                 dl_said("Hello"),
                 {
                     "type": "function_call",
@@ -5572,7 +5626,8 @@ def test_a_whole_answer_in_json_is_delivered(dialect, document, finish):
     assert [(c.name, c.arguments) for c in result.tool_calls] == (
         [("f", '{"x": 1}')] if has_calls else []
     )
-    assert result.reasoning == ("Hmm" if "Hm" in json.dumps(document) else "")
+    reasons = dialect not in ("openai-completions", "tgi")
+    assert result.reasoning == ("Hmm" if reasons else "")
     assert result.stats.malformed == 0
 
 
@@ -7434,15 +7489,13 @@ def test_deltas_are_handed_out_while_the_last_chunk_lacks_its_blank_line():
 
 
 def test_bytes_of_the_framing_count_as_signs_of_life():
-    first, *rest = map(net_chunk, [net_delta("Hello"), net_body(" world")])
-    head = [bytes([byte]) for byte in b"".join(rest)[:4]]
+    first, second = net_chunk(net_delta("Hello")), net_chunk(net_body(" world"))
+    size, _, data = second.partition(b"\r\n")
     extension = [bytes([byte]) for byte in b";slow=yes"]
-    slowly = [step for byte in extension for step in (byte, 0.1)]
-    steps = [NET_CHUNKED + first, head[0], head[1], *slowly]
-    size, _, data = rest[0].partition(b"\r\n")
+    slowly = [step for byte in extension for step in (byte, 0.06)]
     steps = [NET_CHUNKED + first, size, *slowly, b"\r\n" + data + b"0\r\n\r\n"]
     with FlakyServer(script=[net_sends(*steps)]) as server:
-        stream = net_chat(server, timeouts=net_limits(read=0.5))
+        stream = net_chat(server, timeouts=net_limits(read=0.3))
         assert list(stream) == ["Hello", " world"]
 
 
@@ -7457,7 +7510,7 @@ NET_CUTS = ["drop:1500", "drop-chunk:1500", "reset:1500", "stall:1500"]
     ["chunked", "one-chunk", "length", "close", "http10", "gzip", "deflate"],
 )
 def test_every_cut_is_noticed_and_nothing_before_it_lost(framing, cut, net_security):
-    limits = net_limits(read=0.15)
+    limits = net_limits(read=0.1)
     with FlakyServer(script=[cut], framing=framing, **net_security) as server:
         stream = net_chat(server, timeouts=limits)
         with pytest.raises(rs.StreamingError) as caught:
@@ -7781,8 +7834,9 @@ def test_netrc_never_replaces_a_key_nor_adds_a_password(netrc, own_session):
         requests.post(server.url + "/v1/chat/completions", headers=headers)
         "".join(net_chat(server, session=session))
         "".join(net_chat(server, session=session, api_key=None))
-        list(rs.stream_events(server.url + "/events", session=session, headers=headers))
-        control, with_key, without, events, *_ = (
+        url = server.url + "/events"
+        list(rs.stream_events(url, session=session, headers=headers, method="POST"))
+        control, with_key, without, events = (
             request.headers.get("authorization") for request in server.requests
         )
     assert control.startswith("Basic ")  # so the file would work
@@ -7936,9 +7990,9 @@ def test_a_bad_answer_of_a_connect_proxy_is_an_error_while_connecting(
 @pytest.mark.parametrize("framing", ["chunked", "one-chunk", "length", "gzip"])
 def test_three_streams_share_a_connection(framing, own_session, net_security):
     session = None if own_session else requests.Session()
-    with FlakyServer(framing=framing, **net_security) as server:
+    with FlakyServer("Hello " * 9, framing=framing, **net_security) as server:
         for _ in range(3):
-            assert "".join(net_chat(server, session=session)) == STORY
+            assert "".join(net_chat(server, session=session)) == "Hello " * 9
         assert (server.connections, len(server.requests)) == (1, 3)
 
 
@@ -8164,7 +8218,7 @@ def timed_out(server, session=None, **limits):
 @pytest.mark.parametrize("fault", NET_BEFORE_THE_FIRST)
 def test_first_token_bounds_all_that_is_no_delta(fault):
     with FlakyServer(script=[fault]) as server:
-        error = timed_out(server, first_token=0.15)
+        error = timed_out(server, first_token=0.1)
     assert (error.kind, error.text) == ("first_token", "")
     assert isinstance(error, TimeoutError)
 
@@ -8202,16 +8256,16 @@ def test_idle_ends_silence_too_where_read_allows_more(own_session):
 @pytest.mark.parametrize("fault", ["ping-forever:3", "drip-forever:3", "drip:0.01"])
 def test_any_byte_is_a_sign_of_life_for_read(fault):
     with FlakyServer(script=[fault]) as server:
-        error = timed_out(server, read=0.3, total=0.8)
+        error = timed_out(server, read=0.25, total=0.6)
     assert error.kind == "total"
 
 
 @pytest.mark.parametrize(
-    "fault", [*NET_BEFORE_THE_FIRST, *NET_AFTER_SOME, "stall-event:9", "drip:0.02"]
+    "fault", ["headers-drip:0.03", "slow-first:9", *NET_AFTER_SOME, "stall-event:9"]
 )
 def test_total_bounds_everything(fault):
     with FlakyServer(script=[fault]) as server:
-        assert timed_out(server, total=0.15).kind == "total"
+        assert timed_out(server, total=0.1).kind == "total"
 
 
 def test_total_bounds_all_requests_and_waits_of_a_call():
@@ -8235,8 +8289,8 @@ def test_an_error_status_with_a_body_that_never_ends_is_known_soon(monkeypatch):
 
 
 def test_a_quiet_feed_is_healthy_but_a_silent_one_is_not():
-    limits = rs.Timeouts(first_token=None, idle=None, read=0.3)
-    pings = [step for _ in range(20) for step in (b": ping\n\n", 0.03)]
+    limits = rs.Timeouts(first_token=None, idle=None, read=0.2)
+    pings = [step for _ in range(20) for step in (b": ping\n\n", 0.02)]
     feed = net_sends(NET_HEAD + b"\r\n", *pings, b"data: late\n\n", 20)
     with FlakyServer(script=[feed, "headers-stall", "stall:0"]) as server:
         url = server.url + "/events"
@@ -8287,7 +8341,7 @@ def test_connect_bounds_tls_and_proxies(case, limit, monkeypatch):
         if place == "proxy":
             monkeypatch.setenv("https_proxy", "http://" + address)
             url = "https://llm.invalid/v1"
-        limits = net_limits(**{limit: 0.2})
+        limits = net_limits(**{limit: 0.12})
         started = time.monotonic()
         with pytest.raises(rs.StreamTimeoutError) as caught:
             list(net_chat(None, base_url=url, timeouts=limits))
@@ -8296,14 +8350,14 @@ def test_connect_bounds_tls_and_proxies(case, limit, monkeypatch):
 
 
 def test_a_peer_that_does_not_read_the_prompt_is_bounded():
-    prompt = "x" * (32 << 20)
+    prompt = "x" * (12 << 20)
     with net_listener(lambda sock: None) as address:
         stream = rs.stream_chat(
             prompt,
             "m",
             base_url=f"http://{address}/v1",
             api_key=NET_KEY,
-            timeouts=net_limits(first_token=0.3),
+            timeouts=net_limits(first_token=0.2),
             retry=None,
         )
         started = time.monotonic()
@@ -8433,7 +8487,7 @@ def test_close_wakes_a_read_that_is_blocked_in_another_thread(net_route, own_ses
     session = None if own_session else requests.Session()
     with FlakyServer(script=["stall-event:5"] * 3, **net_route) as server:
         latencies = []
-        for _ in range(3):
+        for _ in range(2):
             stream = net_chat(server, session=session)
             latencies.append(closed_while_blocked(stream, has_text(stream)))
             assert STORY.startswith(stream.text)
@@ -8659,14 +8713,14 @@ NET_MEASURED = """
     def run(name, url, limits):
         timeouts = rs.Timeouts(10, 10, 10, 10, 20)
         if name == "empty-events":
-            timeouts = rs.Timeouts(10, None, 10, 1.0, 20)
+            timeouts = rs.Timeouts(10, None, 10, 0.5, 20)
         options = dict(base_url=url + "/v1", api_key="k", retry=None)
         options.update(timeouts=timeouts, limits=limits)
         stream = rs.stream_chat("Hi", "m", **options)
         count = 0
         for token in stream:
             count += len(token)
-            if count > 20000000:
+            if count > 5000000:
                 return "flat"
 
     def outcome(*args):
@@ -8755,6 +8809,53 @@ def test_streams_work_under_requests_mock(own_session):
         with pytest.raises(rs.APIError):
             "".join(net_chat(None, **options))
         assert mock.call_count == 3
+
+
+class NetPlainFile:
+    """The raw response of an adapter that has nothing but read()."""
+
+    def __init__(self, body):
+        self._pieces = (body[place : place + 1] for place in range(len(body)))
+        self.closed = False
+
+    def read(self, size):
+        assert size == 1  # more would be waited for
+        return next(self._pieces, b"")
+
+    def close(self):
+        self.closed = True
+
+
+def test_streams_work_on_a_callers_own_adapter():
+    class Adapter(requests.adapters.BaseAdapter):
+        def send(self, request, **options):
+            response = requests.Response()
+            response.status_code = 200
+            response.raw = raw
+            return response
+
+        def close(self):
+            pass
+
+    session = requests.Session()
+    session.mount("http://", Adapter())
+    raw = NetPlainFile(net_body("Hello"))
+    stream = net_chat(None, base_url="http://llm.invalid/v1", session=session)
+    assert "".join(stream) == "Hello"
+    raw = NetPlainFile(net_body("Hello"))
+    for _ in net_chat(None, base_url="http://llm.invalid/v1", session=session):
+        break
+    assert raw.closed
+
+
+@pytest.mark.parametrize("framing", ["chunked", "length", "close", "gzip"])
+def test_a_hook_of_the_session_may_read_the_whole_answer_first(framing):
+    session = requests.Session()
+    bodies = []
+    session.hooks["response"] = [lambda response, **_: bodies.append(response.content)]
+    with FlakyServer(framing=framing) as server:
+        assert "".join(net_chat(server, session=session)) == STORY
+        assert len(bodies) == 1
 
 
 @pytest.mark.parametrize("own_session", [True, False], ids=["ours", "callers"])
@@ -9047,7 +9148,8 @@ class StreamsWire:
     def reply(self, request: Any) -> tuple[int, bytes]:
         """What the flaky server answers: the status, and the whole body."""
         number = len(self.requests) if "/responses" in request.url else 0
-        key = request.method, request.url, request.data, number
+        seen = request.headers.get("Last-Event-ID")
+        key = request.method, request.url, request.data, seen, number
         if key not in self._known:
             self._known[key] = self._reply(request)
         return self._known[key]
@@ -9116,13 +9218,13 @@ def streams_suffix(dialect: str) -> str:
 
 def streams_outcome(stream: Iterable[str]) -> tuple[str, rs.StreamingError | None]:
     """What a loop prints, and the error that ends it."""
-    printed = []
+    printed = ""
     try:
         for piece in stream:
-            printed.append(piece)
+            printed += piece
     except rs.StreamingError as error:
-        return "".join(printed), error
-    return "".join(printed), None
+        return printed, error
+    return printed, None
 
 
 def streams_after(text: str, count: int) -> int:
@@ -9793,12 +9895,12 @@ def test_a_short_or_regular_prefix_that_comes_again_is_an_error_not_a_guess() ->
 
 def test_whitespace_that_had_to_be_stripped_is_not_doubled_however_it_comes() -> None:
     text = "One. \n\n  Two."
-    for pieces in (1, 2):
+    for pieces in (1, 2, 3):
         with streams_wire(text, pieces=pieces) as wire:
             make = streams_resumed(STREAMS_EXACT[5])
-            whole = len(wire.reply(streams_request(make, wire))[1])
-            for cut in range(whole):
-                wire.cuts = [("drop", cut)]
+            body = wire.reply(streams_request(make, wire))[1]
+            for mark in re.finditer(b"\n\n", body):
+                wire.cuts = [("drop", mark.end())]
                 assert "".join(make()) == text
 
 
@@ -10633,16 +10735,18 @@ def test_a_loop_closed_by_its_own_thread_just_ends() -> None:
         streams_until(lambda: server.open_connections == 0)
 
 
-def test_close_from_within_an_observer_ends_the_loop() -> None:
-    for hook in ("on_request", "on_response", "on_chunk", "on_event", "on_token"):
-        with streams_wire("abcdefgh", [("raw", [streams_events("a"), b""])]) as wire:
-            stream: Any = None
-            observer = rs.Observer(**{hook: lambda record: stream.close()})
-            stream = streams_ask(observe=observer)
-            assert "".join(stream) == stream.text
-            assert stream.text in ("", "a")
-            assert len(wire.requests) <= 1
-            assert wire.closed <= 1
+@pytest.mark.parametrize(
+    "hook", ["on_request", "on_response", "on_chunk", "on_event", "on_token"]
+)
+def test_close_from_within_an_observer_ends_the_loop(hook: str) -> None:
+    stream: Any = None
+    observer = rs.Observer(**{hook: lambda record: stream.close()})
+    with streams_wire("abcdefgh", [("raw", [streams_events("a"), b""])]) as wire:
+        stream = streams_ask(observe=observer)
+        assert "".join(stream) == stream.text
+        assert stream.text in ("", "a")
+        assert len(wire.requests) <= 1
+        assert wire.closed <= 1
 
 
 @pytest.mark.parametrize("how", ["break", "raise", "del"])
@@ -10775,7 +10879,7 @@ def test_a_result_has_everything_that_the_answer_brought() -> None:
         result.text = "x"  # type: ignore[misc]
 
 
-def test_the_message_is_ready_for_the_next_turn() -> None:
+def test_the_message_of_a_stream_is_ready_for_the_next_turn() -> None:
     messages: list[Any] = [{"role": "user", "content": "Tell"}]
     arguments: Any = {"base_url": "http://host/v1"}
     with streams_wire("abcd") as wire:
@@ -10986,7 +11090,7 @@ def test_the_callers_objects_are_not_written_to_and_may_change_later() -> None:
     assert wire.requests[0].headers["X-A"] == "b"
 
 
-def test_parameters_go_into_the_body_and_extra_body_over_them() -> None:
+def test_parameters_and_extra_body_go_into_the_body_that_is_sent() -> None:
     with streams_wire("abcd") as wire:
         list(streams_ask(temperature=0.5, top_p=1, extra_body={"top_p": 0.1, "x": []}))
         list(streams_ask(stream_options=None))
@@ -11608,7 +11712,7 @@ def test_a_quiet_feed_is_healthy() -> None:
     assert (timeouts.first_token, timeouts.idle) == (None, None)
     assert (timeouts.connect, timeouts.read, timeouts.total) == (10, 120, None)
     chosen = rs.Timeouts(first_token=None, idle=None, read=1)
-    with FlakyServer("abcd", ["pings:3+drip:0.01"], pieces=1) as server:
+    with FlakyServer("abcd", ["pings+drip:0.004"], pieces=1) as server:
         url = server.url + "/events"
         assert len(list(streams_feed(url, timeouts=chosen))) == 4
 
@@ -11630,9 +11734,8 @@ def test_observers_of_a_feed_are_told_of_each_event_and_of_one_end() -> None:
     shown = "".join(map(repr, records))
     assert "sk-secret" not in shown
     told: list[str] = []
-    with streams_wire("ab", [("status", 400, {}, "{}")]):
-        with pytest.raises(rs.APIError):
-            list(streams_feed(observe=streams_recorder(told)))
+    with streams_wire("ab", [("status", 400, {}, "{}")]), pytest.raises(rs.APIError):
+        list(streams_feed(observe=streams_recorder(told)))
     assert told == ["start", "request", "response", "chunk", "error"] or told == [
         "start",
         "request",

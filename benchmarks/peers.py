@@ -440,7 +440,7 @@ DECODERS: dict[str, tuple[Decode, str]] = {
 # One client in a process of its own.
 
 
-def _peak() -> int:
+def peak() -> int:
     """Peak resident bytes of this process.
 
     Not ``ru_maxrss`` where /proc is there: it starts with the parent's size.
@@ -510,7 +510,7 @@ def main() -> None:
         "cpu": time.process_time() - cpu,
         "wall": time.monotonic() - wall,
         "seen": seen,
-        "peak": _peak(),
+        "peak": peak(),
         "extra_threads": extra,
         "delays": delays,
     }
