@@ -6405,6 +6405,7 @@ class _Feed(_Loop):
             if events:
                 self._note_events(events)
                 yield events
+            decoder._check()
 
     def _end_connection(self) -> None:
         """A clean end: the end of a POST, and a cause to reconnect for a GET."""

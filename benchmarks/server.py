@@ -1,6 +1,6 @@
 """The benchmark's server: a raw socket server that streams made-up answers.
 
-    python benchmarks/server.py [--seconds 900]
+    python benchmarks/server.py [--seconds 3600]
 
 It prints its port, listens on loopback only, and stops after ``--seconds`` or as
 soon as its standard input closes. The URL says what to send:
@@ -369,7 +369,7 @@ def _stop_with_parent() -> None:
 def main() -> None:
     """Print the port, then serve until told to stop."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=900, help="stop after this")
+    parser.add_argument("--seconds", type=float, default=3600, help="stop after this")
     deadline = time.monotonic() + parser.parse_args().seconds
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
