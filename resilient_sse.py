@@ -3533,7 +3533,7 @@ class _Reader:
             answer.malformed += 1
             logger.debug("the dialect cannot read a chunk: %s", type(error).__name__)
         if answer.malformed > before:
-            answer.malformed -= 1
+            answer.malformed = before  # however much of it is odd
             self._count_malformed("JSON of an unexpected shape")
 
     def _read_malformed(self, event: ServerSentEvent) -> None:

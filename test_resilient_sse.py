@@ -474,7 +474,7 @@ class CoreReference:
 
     def __init__(self, raw, last_event_id=""):
         text = raw.decode("utf-8", "replace")
-        text = text.removeprefix("\ufeff")
+        text = text[text.startswith("\ufeff") :]
         self.events = []
         self.last_event_id = last_event_id
         self.reconnection_time = None
@@ -490,7 +490,7 @@ class CoreReference:
             pass
         elif ":" in line:
             field, value = line.split(":", 1)
-            value = value.removeprefix(" ")
+            value = value[value.startswith(" ") :]
             self._field(field, value)
         else:
             self._field(line, "")
@@ -837,6 +837,7 @@ CORE_LONG = {
 
 
 @pytest.mark.parametrize("stream, size", CORE_LONG.values(), ids=CORE_LONG)
+@pytest.mark.slow
 def test_a_mebibyte_byte_by_byte_costs_a_fixed_price_per_byte(stream, size):
     base = max(core_cpu_seconds(stream(size // 8), 1), 0.01)
     # Eight times as many bytes: a quadratic decoder would take 64 times as long.
@@ -949,6 +950,7 @@ core_json = st.recursive(
 
 @core_settings(150)
 @given(st.lists(st.tuples(st.integers(0, 8), core_json, core_json), max_size=12))
+@pytest.mark.slow
 def test_no_json_value_makes_an_answer_raise(calls):
     answer = rs.Answer()
     methods = [
@@ -1705,6 +1707,7 @@ def test_whatever_json_a_dialect_reads_only_a_streaming_error_comes_out(
 @pytest.mark.parametrize("dialect", CORE_WHOLES)
 @core_settings(40)
 @given(data=st.data())
+@pytest.mark.slow
 def test_whatever_json_is_a_whole_answer_only_a_streaming_error_comes_out(
     dialect, data
 ):
@@ -2049,6 +2052,7 @@ def test_a_huge_body_is_kept_in_part_and_its_message_is_short():
 @given(
     core_mutated([body for _, body, _ in CORE_BODIES.values()]), st.integers(100, 999)
 )
+@pytest.mark.slow
 def test_no_error_body_of_any_shape_raises(bodies, status):
     for body in bodies if isinstance(bodies, list) else [bodies]:
         error = rs.http_error(status, {}, json.dumps(body), 0.0)
@@ -2362,1050 +2366,6 @@ def test_an_error_inside_of_the_stream_is_raised(dialect, event, data, retryable
             rs.ChatStream.replay(body, dialect).complete()
         assert caught.value.retryable is retryable
         assert "no" in caught.value.body
-
-
-# ---------------------------------------------------------------------------
-# 7. Intake: bytes of a body -> pieces of the answer
-# ---------------------------------------------------------------------------
-
-CORE_HELLO = core_sse(core_delta("Hel"), core_delta("lo"), core_finish(), CORE_DONE)
-
-# dialect, body; how it ends ("" is well), and the text before
-CORE_KINDS = {
-    "sse": ("openai", CORE_HELLO, "", "Hello"),
-    "sse behind blank lines": ("openai", b"\r\n\n \n" + CORE_HELLO, "", "Hello"),
-    "sse behind a bom": ("openai", b"\xef\xbb\xbf" + CORE_HELLO, "", "Hello"),
-    "sse behind a ping": ("openai", b":\n\n" + CORE_HELLO, "", "Hello"),
-    "sse without the space": (
-        "openai",
-        CORE_HELLO.replace(b"data: ", b"data:"),
-        "",
-        "Hello",
-    ),
-    "sse with crlf": ("openai", CORE_HELLO.replace(b"\n", b"\r\n"), "", "Hello"),
-    "sse of an ndjson dialect": (
-        "ollama",
-        core_sse(*CORE_TRANSCRIPTS["ollama"]),
-        "",
-        "Hello",
-    ),
-    "sse with names of an ndjson dialect": (
-        "ollama",
-        core_sse(*CORE_TRANSCRIPTS["ollama"], event="x"),
-        "",
-        "Hello",
-    ),
-    "json lines": (
-        "ollama",
-        core_body("ollama", CORE_TRANSCRIPTS["ollama"]),
-        "",
-        "Hello",
-    ),
-    "json lines behind a bom": (
-        "ollama",
-        b"\xef\xbb\xbf" + core_body("ollama", CORE_TRANSCRIPTS["ollama"]),
-        "",
-        "Hello",
-    ),
-    "json lines with crlf": (
-        "ollama",
-        core_body("ollama", CORE_TRANSCRIPTS["ollama"]).replace(b"\n", b"\r\n\r\n"),
-        "",
-        "Hello",
-    ),
-    "no line feed at the end": (
-        "ollama",
-        core_body("ollama", CORE_TRANSCRIPTS["ollama"])[:-1],
-        "",
-        "Hello",
-    ),
-    "json": ("openai", json.dumps(CORE_WHOLES["openai"]).encode(), "", "Hello"),
-    "json array": ("gemini", json.dumps(CORE_WHOLES["gemini"]).encode(), "", "Hello"),
-    "json array that ends early": (
-        "gemini",
-        json.dumps(CORE_WHOLES["gemini"][:1]).encode(),
-        "IncompleteStreamError",
-        "Hel",
-    ),
-    "cut json": (
-        "openai",
-        json.dumps(CORE_WHOLES["openai"]).encode()[:-5],
-        "MalformedStreamError",
-        "",
-    ),
-    "json error": ("openai", b'{"error": {"message": "no"}}', "APIError", ""),
-    "json error in an array": (
-        "gemini",
-        b'[{"error": {"message": "no"}}]',
-        "APIError",
-        "",
-    ),
-    "json error in lines": ("ollama", b'{"error": "no"}', "APIError", ""),
-    "other json": ("openai", b'{"hello": "world"}', "MalformedStreamError", ""),
-    "json that is no object": ("openai", b"[1, 2]", "MalformedStreamError", ""),
-    "html": (
-        "openai",
-        b"<!DOCTYPE html><html>Sign in</html>",
-        "MalformedStreamError",
-        "",
-    ),
-    "html behind blanks": (
-        "ollama",
-        b"\xef\xbb\xbf\n <html>",
-        "MalformedStreamError",
-        "",
-    ),
-    "empty": ("openai", b"", "MalformedStreamError", ""),
-    "blank": ("openai", b" \r\n\n", "MalformedStreamError", ""),
-    "only a bom": ("ollama", b"\xef\xbb\xbf", "MalformedStreamError", ""),
-    "blank for long": ("openai", b"\n" * 10000 + CORE_HELLO, "", "Hello"),
-    "plain words": ("openai", b"upstream connect error", "IncompleteStreamError", ""),
-    "plain words in lines": (
-        "ollama",
-        b"no healthy upstream",
-        "IncompleteStreamError",
-        "",
-    ),
-    "only pings": ("openai", b": ping\n\n" * 3, "IncompleteStreamError", ""),
-    "cut": ("openai", core_sse(core_delta("Hel")), "IncompleteStreamError", "Hel"),
-    "cut in an event": (
-        "openai",
-        core_sse(core_delta("Hel")) + b'data: {"cho',
-        "IncompleteStreamError",
-        "Hel",
-    ),
-    "no end marker": (
-        "openai",
-        core_sse(core_delta("Hello"), core_finish()),
-        "",
-        "Hello",
-    ),
-    "no finish reason": (
-        "openai",
-        core_sse(core_delta("Hello"), CORE_DONE),
-        "",
-        "Hello",
-    ),
-    "text behind the end": (
-        "openai",
-        CORE_HELLO + core_sse(core_delta("!")),
-        "",
-        "Hello",
-    ),
-    "text behind a finish": (
-        "openai",
-        core_sse(core_finish(), core_delta("Hello")),
-        "",
-        "Hello",
-    ),
-    "error behind the end": (
-        "openai",
-        CORE_HELLO + core_sse({"error": "no"}),
-        "",
-        "Hello",
-    ),
-    "error behind a finish": (
-        "openai",
-        core_sse(core_delta("Hello"), core_finish(), {"error": "no"}),
-        "APIError",
-        "Hello",
-    ),
-    "end behind an error": (
-        "openai",
-        core_sse(core_delta("Hel"), {"error": "no"}, core_delta("lo"), CORE_DONE),
-        "APIError",
-        "Hel",
-    ),
-    "text beside an error": (
-        "openai",
-        core_sse({**core_delta("Hel"), "error": "no"}),
-        "APIError",
-        "Hel",
-    ),
-    "falsy errors": (
-        "openai",
-        core_sse(
-            {**core_delta("Hello"), "error": None},
-            {"error": {}},
-            {"error": ""},
-            CORE_DONE,
-        ),
-        "",
-        "Hello",
-    ),
-}
-core_each_kind = pytest.mark.parametrize(
-    "dialect, raw, end, text", CORE_KINDS.values(), ids=CORE_KINDS
-)
-
-
-@core_each_kind
-def test_every_kind_of_body_is_recognised(dialect, raw, end, text):
-    _said, how, result = core_outcome(raw, dialect)
-    assert (how.partition(":")[0], result["text"]) == (end, text)
-
-
-@core_each_kind
-def test_every_kind_of_body_is_recognised_byte_by_byte(dialect, raw, end, text):
-    outcome = core_outcome(raw, dialect)
-    assert core_outcome(core_pieces(raw, range(len(raw))), dialect) == outcome
-
-
-@pytest.mark.parametrize(
-    "name, retryable",
-    [
-        ("html", False),
-        ("empty", True),
-        ("cut json", True),
-        ("cut", True),
-        ("other json", False),
-    ],
-)
-def test_whether_another_request_may_help_with_a_strange_body(name, retryable):
-    dialect, raw, _, _ = CORE_KINDS[name]
-    with pytest.raises(rs.StreamingError) as caught:
-        rs.ChatStream.replay(raw, dialect).complete()
-    assert caught.value.retryable is retryable
-
-
-def test_html_is_named_as_such_and_shown():
-    with pytest.raises(rs.MalformedStreamError, match="HTML.*base URL.*Sign in"):
-        rs.ChatStream.replay(b"<html>\n Sign in</html>").complete()
-
-
-# Data that is no JSON: a drop if it may have carried text, else ignored and counted.
-CORE_MALFORMED = [
-    ('{"choices": [{"delta": {"content": "Hel', True),
-    ("{'content': 'x'}", False),
-    ('{"content": nope}', True),
-    ('{"delta": nope}', True),
-    ('{"arguments": nope}', True),
-    ('{"finish_reason": nope}', True),
-    ('{"error": nope}', True),
-    ('{"usage": nope}', False),
-    ('{"usage": {"a":', True),
-    ("[1, 2", True),
-    ("ping", False),
-    ("[1, 2] x]", False),
-    ("", None),
-    ("  ", None),
-    ("[1, 2]", False),
-    ('"text"', False),
-    ("null", False),
-    ('{"choices": 5}', False),
-    ('{"choices": [5]}', False),
-    ('{"choices": [{"delta": "x"}]}', False),
-    ('{"choices": [{"delta": {"content": 5}}]}', False),
-    ('{"choices": null}', None),
-    ('{"choices": [{"delta": null}]}', None),
-    ('{"unknown": {"content": 5}}', None),
-]
-
-
-@pytest.mark.parametrize("data, drops", CORE_MALFORMED, ids=lambda v: repr(v)[:30])
-def test_malformed_data_is_a_drop_if_it_may_have_carried_text(data, drops):
-    raw = core_sse(core_delta("Hel"), f"data: {data}", core_delta("lo"), CORE_DONE)
-    stream = rs.ChatStream.replay(raw)
-    if drops:
-        with pytest.raises(rs.MalformedStreamError) as caught:
-            stream.complete()
-        assert caught.value.retryable and caught.value.text == "Hel"
-    else:
-        assert stream.complete().text == "Hello"
-        assert stream.stats.malformed == (0 if drops is None else 1)
-
-
-@pytest.mark.parametrize("most", [0, 3, None])
-@pytest.mark.parametrize("data", ["ping", "[5]", '{"choices": 5}'])
-def test_malformed_data_is_ignored_up_to_the_limit(most, data, caplog):
-    caplog.set_level(logging.INFO, rs.__name__)
-    limits = rs.Limits(malformed=most)
-    count = 30 if most is None else most
-    bad = [f"data: {data}"] * count
-    good = core_sse(core_delta("Hello"), *bad, CORE_DONE)
-    result = rs.ChatStream.replay(good, limits=limits).complete()
-    assert (result.text, result.stats.malformed) == ("Hello", count)
-    assert len([r for r in caplog.records if "ignored" in r.message]) == count
-    if most is not None:
-        more = core_sse(
-            core_delta("Hello"), *bad, bad[0] if bad else "data: x", CORE_DONE
-        )
-        with pytest.raises(rs.MalformedStreamError, match="malformed=") as caught:
-            rs.ChatStream.replay(more, limits=limits).complete()
-        assert caught.value.text == "Hello" and not caught.value.retryable
-
-
-# Errors outside of data, where plain parsing of event streams drops them.
-CORE_STRAYS = {
-    "llama.cpp": b'error: {"code": 500, "message": "no", "type": "server_error"}\n\n',
-    "llama.cpp, nested": b'error: {"error": {"code": 500, "message": "no"}}\n\n',
-    "google": b'{\n  "error": {\n    "code": 503,\n    "message": "no"\n  }\n}\n\n',
-    "google, crlf": b'{\r\n  "error": {"code": 503,\r\n "message": "no"}\r\n}\r\n\r\n',
-    "google, unfinished": b'{\n  "error": {\n    "code": 503,\n    "message": "no"\n  }\n}',
-}
-
-
-@pytest.mark.parametrize("stray", CORE_STRAYS.values(), ids=CORE_STRAYS)
-@pytest.mark.parametrize("cuts", [[], range(1000)], ids=["whole", "byte by byte"])
-def test_an_error_outside_of_data_is_raised(stray, cuts):
-    raw = core_sse(core_delta("Hel"), core_delta("lo")) + stray
-    with pytest.raises(rs.APIError, match=": no") as caught:
-        rs.ChatStream.replay(core_pieces(raw, cuts)).complete()
-    assert (caught.value.text, caught.value.retryable) == ("Hello", True)
-
-
-@pytest.mark.parametrize("name", ["llama.cpp", "google"])
-@pytest.mark.parametrize("cuts", [[], range(1000)], ids=["whole", "byte by byte"])
-def test_an_end_marker_behind_an_error_outside_of_data_is_no_success(name, cuts):
-    raw = core_sse(core_delta("Hello"), core_finish()) + CORE_STRAYS[name]
-    raw += core_sse(core_delta(" again"), CORE_DONE)
-    with pytest.raises(rs.APIError) as caught:
-        rs.ChatStream.replay(core_pieces(raw, cuts)).complete()
-    assert caught.value.text == "Hello"
-
-
-def test_an_error_outside_of_data_behind_the_end_marker_is_none():
-    raw = CORE_HELLO + CORE_STRAYS["llama.cpp"]
-    assert rs.ChatStream.replay(raw).complete().text == "Hello"
-
-
-@pytest.mark.parametrize(
-    "stray", ["error: none", "error: null", "time: 12", "{", '{"a": 1}']
-)
-def test_other_unknown_fields_are_ignored(stray):
-    raw = core_sse(core_delta("Hel"), stray, core_delta("lo"), stray, CORE_DONE)
-    assert rs.ChatStream.replay(raw).complete().text == "Hello"
-
-
-@pytest.mark.parametrize("dialect", ["openai", "ollama", "gemini"])
-@pytest.mark.parametrize("cuts", [[], range(100, 900, 60)], ids=["whole", "in pieces"])
-def test_a_line_beyond_its_limit_is_an_error_and_what_was_before_is_kept(dialect, cuts):
-    first = CORE_TRANSCRIPTS[dialect][1 if dialect == "gemini" else 0]
-    raw = core_body(dialect, [first, {"padding": "x" * 500}, {"done": True}])
-    limits = rs.Limits(line=300)
-    with pytest.raises(rs.StreamLimitError) as caught:
-        rs.ChatStream.replay(core_pieces(raw, cuts), dialect, limits=limits).complete()
-    assert caught.value.limit == "line"
-    assert caught.value.text == ("" if dialect == "openai" else caught.value.text)
-    assert "Hello".startswith(caught.value.text)
-    assert bool(caught.value.text) is (dialect != "openai")
-
-
-def test_a_whole_answer_beyond_the_limit_is_an_error():
-    raw = json.dumps(CORE_WHOLES["openai"]).encode()
-    with pytest.raises(rs.StreamLimitError):
-        rs.ChatStream.replay(raw, limits=rs.Limits(line=50)).complete()
-
-
-def test_a_line_as_large_as_the_limit_is_read_in_one_piece_or_many():
-    line = json.dumps({"message": {"content": "x" * 50}, "done": True}).encode()
-    limits = rs.Limits(line=len(line))
-    for cuts in ([], range(200)):
-        pieces = core_pieces(line + b"\n", cuts)
-        result = rs.ChatStream.replay(pieces, "ollama", limits=limits).complete()
-        assert result.text == "x" * 50
-
-
-# -- many events at a time: the same as one by one
-
-CORE_TEACHERS = {
-    "openai": {
-        "id": "c1",
-        "created": 12,
-        "model": "m",
-        "choices": [{"index": 0, "delta": {"content": "Hi"}, "finish_reason": None}],
-        "obfuscation": "abc",
-    },
-    "openrouter": {
-        "id": "c1",
-        "provider": "p",
-        "choices": [
-            {
-                "index": 0,
-                "delta": {
-                    "content": "",
-                    "reasoning": "hm",
-                    "reasoning_details": [{"type": "reasoning.text", "text": "hm"}],
-                },
-            }
-        ],
-    },
-    "deepseek": {
-        "id": "c1",
-        "choices": [
-            {"index": 0, "delta": {"reasoning_content": "hm", "reasoning": "hm"}}
-        ],
-    },
-    "openai-completions": {
-        "id": "c1",
-        "created": 5,
-        "choices": [{"text": "Hi", "index": 0}],
-    },
-    "openai-responses": {
-        "type": "response.output_text.delta",
-        "item_id": "i",
-        "output_index": 0,
-        "content_index": 0,
-        "delta": "Hi",
-        "sequence_number": 4,
-        "obfuscation": "zz",
-    },
-    "anthropic": {
-        "type": "content_block_delta",
-        "index": 0,
-        "delta": {"type": "text_delta", "text": "Hi"},
-    },
-    "gemini": {
-        "responseId": "",
-        "candidates": [{"content": {"parts": [{"text": "Hi"}]}}],
-    },
-    "cohere": {
-        "type": "content-delta",
-        "index": 0,
-        "delta": {"message": {"content": {"text": "Hi"}}},
-    },
-    "ollama": {
-        "model": "m",
-        "created_at": "2026-01-01",
-        "message": {"role": "assistant", "content": "Hi"},
-        "done": False,
-    },
-    "tgi": {
-        "index": 1,
-        "token": {"id": 5, "text": "Hi", "special": False},
-        "generated_text": None,
-    },
-    "mistral": {
-        "id": "c1",
-        "choices": [
-            {"index": 0, "delta": {"content": [{"type": "text", "text": "Hi"}]}}
-        ],
-        "p": "abcd",
-    },
-}
-CORE_NAMED = ("openai-responses", "anthropic", "cohere")
-CORE_BETWEEN = [
-    "",
-    ": ping\n\n",
-    "\n",
-    "event: error\n",
-    "data: x\n",
-    'data: {"error":{"message":"e"}}\n\n',
-    'error: {"message":"e"}\n\n',
-    'data: {"choices":[{"index":0,"delta":{"content":"\\ud83d"}}]}\n\n',
-]
-CORE_SPITE = [
-    *[
-        '"',
-        "\\",
-        '\\"',
-        "\\\\",
-        "\\n",
-        "\n",
-        "\n\n",
-        "\r",
-        "\\u0041",
-        "\\ud83d",
-        "\\ude00",
-    ],
-    *[
-        "\\ud83d\\ude00",
-        "\u2028",
-        "\x85",
-        "\x00",
-        "é",
-        "\ufeff",
-        "{",
-        "}",
-        ",",
-        ":",
-        " ",
-    ],
-    *[
-        "data: ",
-        "event: x\n",
-        ": ping\n\n",
-        '"content":',
-        '"error":{"message":"e"}',
-        "5",
-    ],
-    *[
-        '"finish_reason":"stop"',
-        '","content":"',
-        '"}',
-        "[DONE]",
-        '"text": "T"',
-        "-1",
-        "07",
-    ],
-    *["1e5", "99999999999999999999", "null", "true", "id: 3\n", "\\u00", "\\x"],
-]
-
-
-def core_event(dialect, chunk):
-    """An event as text, in the form that the provider sends."""
-    if rs.DIALECTS[dialect].framing == "ndjson":
-        return json.dumps(chunk) + "\n"
-    head = f"event: {chunk['type']}\n" if dialect in CORE_NAMED else ""
-    data = json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
-    if rs.DIALECTS[dialect].pads:
-        data = data[:-1] + "   }"
-    return f"{head}data: {data}\n\n"
-
-
-@st.composite
-def core_regions(draw, dialect):
-    """Regions of events like the teacher, but for a few changes of any kind."""
-    lesson = CORE_TEACHERS[dialect]
-    leaves = [p for p in core_places(lesson) if p and p[-1] not in ("type", "choices")]
-    regions = []
-    for _ in range(draw(st.integers(1, 3))):
-        events = []
-        for _ in range(draw(st.integers(1, 4))):
-            path = draw(st.sampled_from(leaves))
-            values = st.sampled_from(
-                ["", "Ho", "hm", 'say "x"\n', "\ud83d", 7, None, "é"]
-            )
-            chunk = core_replaced(lesson, path, draw(values))
-            chunk = draw(st.sampled_from([lesson, chunk]))
-            event = draw(st.sampled_from(CORE_BETWEEN)) + core_event(dialect, chunk)
-            for _ in range(draw(st.integers(0, 2))):
-                start = draw(st.integers(0, len(event)))
-                end = draw(st.sampled_from([start, start, start + 1, start + 2]))
-                event = event[:start] + draw(st.sampled_from(CORE_SPITE)) + event[end:]
-            events.append(event)
-        regions.append("".join(events))
-    return regions
-
-
-def core_intake(dialect, regions, patience):
-    """Feed regions to an intake; all that can be seen from outside."""
-    answer = rs.Answer()
-    intake = rs._Intake(rs.DIALECTS[dialect], answer, rs.Limits())
-    intake._patience = patience
-    seen = []
-    for region in regions:
-        said = core_said_all(intake.feed(region.encode("utf-8", "replace")))
-        error = answer.error
-        seen.append((said, type(error), str(error), answer.ended))
-        if error is not None or answer.ended:
-            break
-    facts = (answer.id, answer.model, answer.cursor, answer.usage, answer.finishes)
-    counts = (answer.progress, answer.started, answer.malformed, answer.deltas)
-    kinds = (answer.last_kind, answer.sides(), answer.parts, answer._held)
-    return seen, facts, counts, kinds, intake.events, answer.received.text
-
-
-def core_said_all(pieces):
-    return [tuple(piece) if isinstance(piece, rs.Delta) else piece for piece in pieces]
-
-
-def core_differs(dialect, regions):
-    regions = [core_event(dialect, CORE_TEACHERS[dialect]) * 2, *regions]
-    return core_intake(dialect, regions, 8), core_intake(dialect, regions, 0)
-
-
-@pytest.mark.parametrize("dialect", CORE_TEACHERS)
-@core_settings(80)
-@given(data=st.data())
-def test_events_read_many_at_a_time_say_the_same_as_one_by_one(dialect, data):
-    fast, slow = core_differs(dialect, data.draw(core_regions(dialect)))
-    assert fast == slow
-
-
-# Found by thinking, not by chance: the event that is learned, the one that follows.
-CORE_TRAPS = {
-    "head and tail share a quote": (
-        "openai",
-        'data: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
-        'data: {"choices":[{"delta":{"content":"}}]}\n\n',
-    ),
-    "another key speaks for an empty one": (
-        "openai",
-        'data: {"choices":[{"delta":{"reasoning":"hm","reasoning_details":[{"text":"hm"}]}}]}\n\n',
-        'data: {"choices":[{"delta":{"reasoning":"","reasoning_details":[{"text":"hm"}]}}]}\n\n',
-    ),
-    "one of two spellings is empty": (
-        "openai",
-        'data: {"choices":[{"delta":{"reasoning_content":"hm","reasoning":"hm"}}]}\n\n',
-        'data: {"choices":[{"delta":{"reasoning_content":"","reasoning":"hm"}}]}\n\n',
-    ),
-    "the same JSON in the name of the event": (
-        "openai",
-        'event: {"choices":[{"delta":{"content":"Hi"}}]}\ndata: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
-        'event: {"choices":[{"delta":{"content":"Ho"}}]}\ndata: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
-    ),
-    "the same JSON in a comment": (
-        "openai",
-        ': {"choices":[{"delta":{"content":"Hi"}}]}\ndata: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
-        ': {"choices":[{"delta":{"content":"Ho"}}]}\ndata: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
-    ),
-    "the same JSON in an unknown field behind it": (
-        "openai",
-        'data: {"choices":[{"delta":{"content":"Hi"}}]}\nx: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
-        'data: {"choices":[{"delta":{"content":"Hi"}}]}\nx: {"choices":[{"delta":{"content":"Ho"}}]}\n\n',
-    ),
-    "the same JSON in a comment behind it": (
-        "openai",
-        'data: {"choices":[{"delta":{"content":"Hi"}}]}\n: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
-        'data: {"choices":[{"delta":{"content":"Hi"}}]}\n: {"choices":[{"delta":{"content":"Ho"}}]}\n\n',
-    ),
-    "an ID that comes later": (
-        "gemini",
-        'data: {"responseId":"","candidates":[{"content":{"parts":[{"text":"Hi","thought":true}]}}]}\n\n',
-        'data: {"responseId":"r1","candidates":[{"content":{"parts":[{"text":"Hi","thought":true}]}}]}\n\n',
-    ),
-    "a number with an exponent": (
-        "openai-responses",
-        'data: {"type":"response.output_text.delta","delta":"Hi","sequence_number":4}\n\n',
-        'data: {"type":"response.output_text.delta","delta":"Hi","sequence_number":5e1}\n\n',
-    ),
-    "a number with a leading zero": (
-        "openai-responses",
-        'data: {"type":"response.output_text.delta","delta":"Hi","sequence_number":4}\n\n',
-        'data: {"type":"response.output_text.delta","delta":"Hi","sequence_number":05}\n\n',
-    ),
-    "a negative number": (
-        "openai-responses",
-        'data: {"type":"response.output_text.delta","delta":"Hi","sequence_number":4}\n\n',
-        'data: {"type":"response.output_text.delta","delta":"Hi","sequence_number":-5}\n\n',
-    ),
-    "a number of twenty digits": (
-        "openai-responses",
-        'data: {"type":"response.output_text.delta","delta":"Hi","sequence_number":4}\n\n',
-        'data: {"type":"response.output_text.delta","delta":"Hi","sequence_number":99999999999999999999}\n\n',
-    ),
-    "a second key of the same name": (
-        "openai",
-        'data: {"choices":[{"delta":{"content":"a","content":"Hi"}}]}\n\n',
-        'data: {"choices":[{"delta":{"content":"a","content":"Ho"}}]}\n\n',
-    ),
-    "a finish reason behind the text": (
-        "openai",
-        'data: {"choices":[{"delta":{"content":"Hi"},"finish_reason":null}]}\n\n',
-        'data: {"choices":[{"delta":{"content":"Hi\\"},\\"finish_reason\\":null}]}"},"finish_reason":"stop"}]}\n\n',
-    ),
-    "a quote behind two backslashes": (
-        "openai",
-        'data: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
-        'data: {"choices":[{"delta":{"content":"Hi\\\\"},"finish_reason":"stop"}]}\n\n',
-    ),
-    "half of a pair": (
-        "openai",
-        'data: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
-        'data: {"choices":[{"delta":{"content":"\\ud83d"}}]}\n\ndata: {"choices":[{"delta":{"content":"\\ude00"}}]}\n\n',
-    ),
-    "a padding that is no string": (
-        "openai",
-        'data: {"choices":[{"delta":{"content":"Hi"}}],"obfuscation":"abc"}\n\n',
-        'data: {"choices":[{"delta":{"content":"Hi"}}],"obfuscation":"a\\"}\n\n',
-    ),
-    "spaces that are none": (
-        "anthropic",
-        'data: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"Hi"}  }\n\n',
-        'data: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"Hi"} \u00a0}\n\n',
-    ),
-    "invalid UTF-8": (
-        "openai",
-        'data: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
-        'data: {"choices":[{"delta":{"content":"\ufffd\udc80"}}]}\n\n',
-    ),
-}
-
-
-@pytest.mark.parametrize("dialect, lesson, region", CORE_TRAPS.values(), ids=CORE_TRAPS)
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_trap_for_reading_many_events_at_a_time(dialect, lesson, region, count):
-    regions = [lesson, lesson * 2, region * count, lesson, region]
-    fast, slow = (core_intake(dialect, regions, patience) for patience in (8, 0))
-    assert fast == slow
-
-
-CORE_UNLIKE = {"gemini", "deepseek", "openrouter"}  # an event there says more
-
-
-@pytest.mark.parametrize("dialect", sorted(set(CORE_TEACHERS) - CORE_UNLIKE))
-def test_alike_events_are_not_parsed_one_by_one(dialect, monkeypatch):
-    lesson = core_event(dialect, CORE_TEACHERS[dialect])
-    answer = rs.Answer()
-    intake = rs._Intake(rs.DIALECTS[dialect], answer, rs.Limits())
-    intake.feed(lesson.encode())
-    monkeypatch.setattr(intake._reader, "read", None)
-    pieces = intake.feed(lesson.replace('"Hi"', '"Ho"').encode() * 50)
-    assert len(pieces) == 50
-    assert intake.events == 51
-
-
-class CoreShouting(rs.Dialect):
-    """A dialect of somebody else's that looks at the words themselves."""
-
-    name = "shouting"
-
-    def read(self, chunk, answer, event):
-        text = chunk["t"]
-        if text == "</s>":
-            answer.finish("stop", "eos")
-        else:
-            answer.text(text if text != "Ho" else "HO")
-
-
-class CoreRenamed(rs.OpenAI):
-    """A dialect of somebody else's that only has another address."""
-
-    name = "renamed"
-    base_url = "https://example.com/v1"
-
-
-@pytest.mark.parametrize("cuts", [[], range(0, 400, 11)], ids=["whole", "in pieces"])
-def test_a_dialect_that_looks_at_the_words_is_asked_for_each_event(cuts):
-    texts = ["Hi", "Ho", "", "Ha", "</s>"]
-    raw = core_sse({"t": "He"}) + core_sse({"t": "Hu"})
-    raw += core_sse(*[{"t": text} for text in texts])
-    stream = rs.ChatStream.replay(core_pieces(raw, cuts), CoreShouting())
-    assert "".join(stream) == "HeHuHiHOHa"
-    assert stream.result.finish_reason == "stop"
-
-
-def test_a_dialect_with_another_address_is_as_fast_as_its_parent(monkeypatch):
-    lesson = core_event("openai", CORE_TEACHERS["openai"]).encode()
-    intake = rs._Intake(CoreRenamed(), rs.Answer(), rs.Limits())
-    intake.feed(lesson)
-    monkeypatch.setattr(intake._reader, "read", None)
-    assert len(intake.feed(lesson * 5)) == 5
-
-
-# ---------------------------------------------------------------------------
-# 8. Recovery: what to do after a failure, and when
-# ---------------------------------------------------------------------------
-
-CORE_DROP = rs.StreamConnectionError("dropped", retryable=True)
-CORE_BUSY = rs.APIError("busy", retryable=True)
-CORE_NO = rs.APIError("no", retryable=False)
-CORE_SAID = {"handed": True, "has_text": True}
-
-# What happened so far, the cause; then the action for each mode, in CORE_MODES' order.
-CORE_MODES = ["auto", "reattach", "continue", "ask", "replay", "never"]
-CORE_ACTIONS = {
-    "a final error": ({}, CORE_NO, ["raise"] * 6),
-    "a final error in mid-text": ({**CORE_SAID, "exact": True}, CORE_NO, ["raise"] * 6),
-    "nothing was handed out": ({}, CORE_DROP, ["retry"] * 6),
-    "nothing was handed out, busy": ({"exact": True}, CORE_BUSY, ["retry"] * 6),
-    "nothing handed out, n is 2": ({"one_choice": False}, CORE_DROP, ["retry"] * 6),
-    "the text is whole": (
-        {**CORE_SAID, "finished": True, "exact": True},
-        CORE_DROP,
-        ["raise"] * 6,
-    ),
-    "nothing known of the server": (
-        CORE_SAID,
-        CORE_DROP,
-        ["raise", "raise", "continue", "ask", "replay", "raise"],
-    ),
-    "the server continues": (
-        {**CORE_SAID, "exact": True},
-        CORE_DROP,
-        ["continue", "raise", "continue", "ask", "replay", "raise"],
-    ),
-    "the server continues, busy": (
-        {**CORE_SAID, "exact": True},
-        CORE_BUSY,
-        ["continue", "raise", "continue", "ask", "replay", "raise"],
-    ),
-    "the same text each time": (
-        {**CORE_SAID, "repeatable": True},
-        CORE_DROP,
-        ["replay", "raise", "continue", "ask", "replay", "raise"],
-    ),
-    "continues, and the same each time": (
-        {**CORE_SAID, "repeatable": True, "exact": True},
-        CORE_DROP,
-        ["continue", "raise", "continue", "ask", "replay", "raise"],
-    ),
-    "the generation goes on": (
-        {**CORE_SAID, "reattachable": True, "exact": True},
-        CORE_DROP,
-        ["reattach", "reattach", "continue", "ask", "replay", "raise"],
-    ),
-    "the generation goes on, unseen": (
-        {"reattachable": True},
-        CORE_DROP,
-        ["reattach", "reattach", "retry", "retry", "retry", "retry"],
-    ),
-    "the generation itself failed": (
-        {**CORE_SAID, "reattachable": True},
-        CORE_BUSY,
-        ["raise", "raise", "continue", "ask", "replay", "raise"],
-    ),
-    "n is 2": (
-        {**CORE_SAID, "one_choice": False, "exact": True, "repeatable": True},
-        CORE_DROP,
-        ["raise", "raise", "raise", "raise", "replay", "raise"],
-    ),
-    "an open tool call": (
-        {**CORE_SAID, "tool_call": True, "exact": True, "repeatable": True},
-        CORE_DROP,
-        ["raise", "raise", "continue", "ask", "replay", "raise"],
-    ),
-    "a tool call that was handed out": (
-        {**CORE_SAID, "tool_call": True, "only_text": False, "verifiable": False},
-        CORE_DROP,
-        ["raise", "raise", "raise", "raise", "raise", "raise"],
-    ),
-    "open reasoning": (
-        {**CORE_SAID, "reasoning": True, "exact": True, "repeatable": True},
-        CORE_DROP,
-        ["raise", "raise", "continue", "ask", "replay", "raise"],
-    ),
-    "a schema": (
-        {**CORE_SAID, "constrained": True, "exact": True, "repeatable": True},
-        CORE_DROP,
-        ["raise", "raise", "raise", "raise", "replay", "raise"],
-    ),
-    "only reasoning was handed out": (
-        {"handed": True, "exact": True},
-        CORE_DROP,
-        ["raise", "raise", "raise", "raise", "replay", "raise"],
-    ),
-    "more than is kept": (
-        {**CORE_SAID, "kept": False, "exact": True, "repeatable": True},
-        CORE_DROP,
-        ["raise"] * 6,
-    ),
-    "nobody saw it": (
-        {**CORE_SAID, "seen_by_nobody": True},
-        CORE_DROP,
-        ["restart", "raise", "continue", "ask", "replay", "raise"],
-    ),
-    "nobody saw it, and the server continues": (
-        {**CORE_SAID, "seen_by_nobody": True, "exact": True},
-        CORE_DROP,
-        ["continue", "raise", "continue", "ask", "replay", "raise"],
-    ),
-    "nobody saw a tool call": (
-        {**CORE_SAID, "seen_by_nobody": True, "exact": True, "tool_call": True},
-        CORE_DROP,
-        ["restart", "raise", "continue", "ask", "replay", "raise"],
-    ),
-    "nobody saw two choices": (
-        {**CORE_SAID, "seen_by_nobody": True, "one_choice": False},
-        CORE_DROP,
-        ["restart", "raise", "raise", "raise", "replay", "raise"],
-    ),
-    "nobody saw it, and it is not kept": (
-        {**CORE_SAID, "seen_by_nobody": True, "kept": False},
-        CORE_DROP,
-        ["restart", "raise", "raise", "raise", "raise", "raise"],
-    ),
-}
-
-
-@pytest.mark.parametrize(
-    "facts, cause, actions", CORE_ACTIONS.values(), ids=CORE_ACTIONS
-)
-def test_what_follows_a_drop_is_one_table(facts, cause, actions):
-    now = rs.Situation(**facts)
-    chosen = [rs.choose_action(mode, cause, now) for mode in CORE_MODES]
-    assert chosen == actions
-
-
-def test_auto_never_takes_what_leaves_a_doubtful_seam():
-    names = [n for n in rs.Situation._fields if n not in ("handed", "finished")]
-    for values in itertools.product([False, True], repeat=len(names)):
-        now = rs.Situation(handed=True, **dict(zip(names, values)))
-        action = rs.choose_action("auto", CORE_DROP, now)
-        assert action in ("continue", "replay", "reattach", "restart", "raise")
-        if action == "continue":
-            assert now.exact and now.one_choice and now.kept and now.only_text
-            assert not (now.tool_call or now.reasoning or now.constrained)
-        if action == "replay":
-            assert now.repeatable and now.verifiable and now.one_choice and now.kept
-        assert action != "restart" or now.seen_by_nobody
-        assert action != "reattach" or now.reattachable
-        assert rs.choose_action("never", CORE_DROP, now) == "raise"
-
-
-@core_settings(200)
-@given(
-    st.floats(0, 1e6),
-    st.floats(0, 1e6),
-    st.integers(1, 10**6),
-    st.floats(0, 1, exclude_max=True),
-)
-def test_a_wait_is_drawn_from_zero_to_its_bound(initial, most, failures, draw):
-    retry = rs.Retry(wait_initial=initial, wait_max=most)
-    wait = rs.draw_wait(retry, failures, draw)
-    assert 0 <= wait <= most
-    assert rs.draw_wait(retry, failures, 0.0) == 0
-    assert wait <= initial * 2.0 ** min(failures - 1, 60)
-
-
-def test_the_bound_doubles_up_to_the_longest_wait():
-    bounds = [rs.draw_wait(rs.Retry(), failures, 1.0) for failures in range(1, 9)]
-    assert bounds == [1, 2, 4, 8, 16, 30, 30, 30]
-    assert rs.draw_wait(rs.Retry(), 3, 0.5) == 2  # full jitter: even in the bound
-
-
-# ---------------------------------------------------------------------------
-# 17. Promises about the file itself
-# ---------------------------------------------------------------------------
-
-CORE_SOURCE = Path(rs.__file__).read_text(encoding="utf-8")
-CORE_TREE = ast.parse(CORE_SOURCE)
-
-
-def core_line_of(mark):
-    found = re.search(rf"^# =+ {re.escape(mark)} =+$", CORE_SOURCE, re.MULTILINE)
-    assert found, mark
-    return CORE_SOURCE.count("\n", 0, found.start()) + 1
-
-
-def core_defined(start, end):
-    """The names that the file defines on its top level between two lines."""
-    names = set()
-    for node in CORE_TREE.body:
-        if not start <= node.lineno < end:
-            continue
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names.add(node.name)
-        else:
-            names |= {
-                inner.id
-                for inner in ast.walk(node)
-                if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store)
-            }
-    return names
-
-
-def core_used(start, end):
-    """The names that the file reads between two lines, with their lines."""
-    return {
-        (node.id, node.lineno)
-        for top in CORE_TREE.body
-        if start <= top.lineno < end
-        for node in ast.walk(top)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
-    }
-
-
-CORE_IMPURE = {
-    *["requests", "socket", "ssl", "http", "threading", "time", "random", "subprocess"],
-    *["HTTPAdapter", "HTTPConnectionPool", "HTTPSConnectionPool", "contextlib", "open"],
-    *[
-        "print",
-        "input",
-        "exec",
-        "eval",
-        "__import__",
-        "sys",
-        "heapq",
-        "zlib",
-        "urllib3",
-    ],
-}
-
-
-def test_nothing_above_the_first_line_does_input_or_output():
-    imports = max(n.lineno for n in CORE_TREE.body if isinstance(n, ast.ImportFrom))
-    used = core_used(imports + 1, core_line_of("I/O starts here"))
-    assert len(used) > 1000
-    assert [use for use in used if use[0] in CORE_IMPURE] == []
-
-
-def test_the_pure_part_reads_only_names_and_paths_of_the_system():
-    end = core_line_of("I/O starts here")
-    uses = {
-        node.attr
-        for node in ast.walk(CORE_TREE)
-        if isinstance(node, ast.Attribute) and node.lineno < end
-        if isinstance(node.value, ast.Name) and node.value.id == "os"
-    }
-    assert uses <= {"environ", "path"}
-    inner = [
-        n for n in ast.walk(CORE_TREE) if isinstance(n, (ast.Import, ast.ImportFrom))
-    ]
-    first = min(n.lineno for n in CORE_TREE.body if isinstance(n, ast.ClassDef))
-    assert [n.lineno for n in inner if first < n.lineno < end] == []
-
-
-@pytest.mark.parametrize("mark", ["I/O starts here", "optional: may be cut off here"])
-def test_nothing_above_a_line_refers_to_what_is_below(mark):
-    line = core_line_of(mark)
-    above, below = core_defined(0, line), core_defined(line, 10**6)
-    assert below - above
-    hidden = (below - above) - set(dir(builtins))
-    assert [use for use in core_used(0, line) if use[0] in hidden] == []
-
-
-def test_the_file_cut_at_the_second_line_still_streams(tmp_path):
-    lines = CORE_SOURCE.splitlines(keepends=True)
-    cut = tmp_path / "another_name.py"
-    head = lines[: core_line_of("optional: may be cut off here") - 2]
-    cut.write_text("".join(head), encoding="utf-8")
-    script = (
-        "import another_name as m, sys\n"
-        f"print(m.ChatStream.replay({CORE_HELLO!r}).complete().text)\n"
-        "assert m.logger.name == 'another_name'\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error::SyntaxWarning", "-c", script],
-        cwd=str(tmp_path),
-        capture_output=True,
-    )
-    assert done.stdout.split() == [b"Hello"], done.stderr.decode()
-
-
-def test_every_public_name_exists_and_is_listed_once():
-    assert len(set(rs.__all__)) == len(rs.__all__)
-    assert [name for name in rs.__all__ if not hasattr(rs, name)] == []
-    assert rs.__version__.count(".") == 2
-    assert isinstance(
-        ast.literal_eval(re.search(r"^__version__ = (.*)$", CORE_SOURCE, 8).group(1)),
-        str,
-    )
-
-
-def test_every_public_name_says_what_it_is():
-    for name in set(rs.__all__) - {"DIALECTS"}:
-        assert getattr(rs, name).__doc__, name
-
-
-CORE_IMPORT = """
-import gc, logging, socket, sys, threading, warnings
-import requests
-warnings.simplefilter("error")
-made = []
-class Counted(socket.socket):
-    def __init__(self, *args, **kwargs):
-        made.append(args)
-        super().__init__(*args, **kwargs)
-socket.socket = Counted
-before = threading.active_count(), list(sys.path), list(logging.getLogger().handlers)
-import resilient_sse as rs
-after = threading.active_count(), list(sys.path), list(logging.getLogger().handlers)
-assert before == after, (before, after)
-assert not made, made
-kinds = [type(handler) for handler in logging.getLogger("resilient_sse").handlers]
-assert kinds == [logging.NullHandler], kinds
-rs.stream_chat("Hi", "m", base_url="http://127.0.0.1:9/v1", api_key="k")
-assert threading.active_count() == before[0] and not made
-"""
-
-
-def test_importing_starts_no_thread_and_opens_no_socket():
-    done = subprocess.run(
-        [sys.executable, "-c", CORE_IMPORT],
-        cwd=str(Path(rs.__file__).parent),
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-
-
-def test_the_sections_are_those_of_the_map():
-    doc = rs.__doc__
-    mapped = re.findall(r"^ ?(\d+)\. (.+?)  ", doc, re.MULTILINE)
-    titles = re.findall(r"^# (\d+)\. ([^:\n]+)", CORE_SOURCE, re.MULTILINE)
-    assert titles == mapped
-    assert importlib.util.find_spec("resilient_sse") is not None
 
 
 # ---------------------------------------------------------------------------
@@ -4929,6 +3889,7 @@ def test_many_deltas_in_a_row_are_read_the_same_however_they_are_grouped(dialect
 
 
 @dl_cases
+@pytest.mark.slow
 def test_a_stream_cut_after_any_byte_is_never_whole_too_early_nor_too_late(case):
     for size in range(len(case.body) + 1):
         heard = dl_hear(case.body[:size], case.dialect)
@@ -5907,8 +4868,8 @@ def test_a_dialect_without_an_address_of_its_own_asks_for_one():
 )
 def test_a_key_is_told_from_a_token_by_its_looks(dialect, key, header, value):
     names = {"authorization", "api-key", "x-api-key", "x-goog-api-key"}
-    for given in (key, lambda: key):
-        sent = dl_ask(dialect, base_url="https://host.test/x", api_key=given)
+    for passed in (key, lambda: key):
+        sent = dl_ask(dialect, base_url="https://host.test/x", api_key=passed)
         carried = {n: v for n, v in sent.headers.items() if n.lower() in names}
         assert carried == {header: value}
 
@@ -6961,6 +5922,957 @@ def test_the_dialect_of_the_readme_asks_and_resumes(dl_parrot, monkeypatch):
     assert one.headers["Authorization"] == "Bearer secret"
     assert one.body == {"parrot": "ara", "heard": "Hello", "pitch": 2}
     assert two.body == {**one.body, "already_said": DL_LONG}
+
+
+# ---------------------------------------------------------------------------
+# 7. Intake: bytes of a body -> pieces of the answer
+# ---------------------------------------------------------------------------
+
+CORE_HELLO = core_sse(core_delta("Hel"), core_delta("lo"), core_finish(), CORE_DONE)
+
+# dialect, body; how it ends ("" is well), and the text before
+CORE_KINDS = {
+    "sse": ("openai", CORE_HELLO, "", "Hello"),
+    "sse behind blank lines": ("openai", b"\r\n\n \n" + CORE_HELLO, "", "Hello"),
+    "sse behind a bom": ("openai", b"\xef\xbb\xbf" + CORE_HELLO, "", "Hello"),
+    "sse behind a ping": ("openai", b":\n\n" + CORE_HELLO, "", "Hello"),
+    "sse without the space": (
+        "openai",
+        CORE_HELLO.replace(b"data: ", b"data:"),
+        "",
+        "Hello",
+    ),
+    "sse with crlf": ("openai", CORE_HELLO.replace(b"\n", b"\r\n"), "", "Hello"),
+    "sse of an ndjson dialect": (
+        "ollama",
+        core_sse(*CORE_TRANSCRIPTS["ollama"]),
+        "",
+        "Hello",
+    ),
+    "sse with names of an ndjson dialect": (
+        "ollama",
+        core_sse(*CORE_TRANSCRIPTS["ollama"], event="x"),
+        "",
+        "Hello",
+    ),
+    "json lines": (
+        "ollama",
+        core_body("ollama", CORE_TRANSCRIPTS["ollama"]),
+        "",
+        "Hello",
+    ),
+    "json lines behind a bom": (
+        "ollama",
+        b"\xef\xbb\xbf" + core_body("ollama", CORE_TRANSCRIPTS["ollama"]),
+        "",
+        "Hello",
+    ),
+    "json lines with crlf": (
+        "ollama",
+        core_body("ollama", CORE_TRANSCRIPTS["ollama"]).replace(b"\n", b"\r\n\r\n"),
+        "",
+        "Hello",
+    ),
+    "no line feed at the end": (
+        "ollama",
+        core_body("ollama", CORE_TRANSCRIPTS["ollama"])[:-1],
+        "",
+        "Hello",
+    ),
+    "json": ("openai", json.dumps(CORE_WHOLES["openai"]).encode(), "", "Hello"),
+    "json array": ("gemini", json.dumps(CORE_WHOLES["gemini"]).encode(), "", "Hello"),
+    "json array that ends early": (
+        "gemini",
+        json.dumps(CORE_WHOLES["gemini"][:1]).encode(),
+        "IncompleteStreamError",
+        "Hel",
+    ),
+    "cut json": (
+        "openai",
+        json.dumps(CORE_WHOLES["openai"]).encode()[:-5],
+        "MalformedStreamError",
+        "",
+    ),
+    "json error": ("openai", b'{"error": {"message": "no"}}', "APIError", ""),
+    "json error in an array": (
+        "gemini",
+        b'[{"error": {"message": "no"}}]',
+        "APIError",
+        "",
+    ),
+    "json error in lines": ("ollama", b'{"error": "no"}', "APIError", ""),
+    "other json": ("openai", b'{"hello": "world"}', "MalformedStreamError", ""),
+    "json that is no object": ("openai", b"[1, 2]", "MalformedStreamError", ""),
+    "html": (
+        "openai",
+        b"<!DOCTYPE html><html>Sign in</html>",
+        "MalformedStreamError",
+        "",
+    ),
+    "html behind blanks": (
+        "ollama",
+        b"\xef\xbb\xbf\n <html>",
+        "MalformedStreamError",
+        "",
+    ),
+    "empty": ("openai", b"", "MalformedStreamError", ""),
+    "blank": ("openai", b" \r\n\n", "MalformedStreamError", ""),
+    "only a bom": ("ollama", b"\xef\xbb\xbf", "MalformedStreamError", ""),
+    "blank for long": ("openai", b"\n" * 10000 + CORE_HELLO, "", "Hello"),
+    "plain words": ("openai", b"upstream connect error", "IncompleteStreamError", ""),
+    "plain words in lines": (
+        "ollama",
+        b"no healthy upstream",
+        "IncompleteStreamError",
+        "",
+    ),
+    "only pings": ("openai", b": ping\n\n" * 3, "IncompleteStreamError", ""),
+    "cut": ("openai", core_sse(core_delta("Hel")), "IncompleteStreamError", "Hel"),
+    "cut in an event": (
+        "openai",
+        core_sse(core_delta("Hel")) + b'data: {"cho',
+        "IncompleteStreamError",
+        "Hel",
+    ),
+    "no end marker": (
+        "openai",
+        core_sse(core_delta("Hello"), core_finish()),
+        "",
+        "Hello",
+    ),
+    "no finish reason": (
+        "openai",
+        core_sse(core_delta("Hello"), CORE_DONE),
+        "",
+        "Hello",
+    ),
+    "text behind the end": (
+        "openai",
+        CORE_HELLO + core_sse(core_delta("!")),
+        "",
+        "Hello",
+    ),
+    "text behind a finish": (
+        "openai",
+        core_sse(core_finish(), core_delta("Hello")),
+        "",
+        "Hello",
+    ),
+    "error behind the end": (
+        "openai",
+        CORE_HELLO + core_sse({"error": "no"}),
+        "",
+        "Hello",
+    ),
+    "error behind a finish": (
+        "openai",
+        core_sse(core_delta("Hello"), core_finish(), {"error": "no"}),
+        "APIError",
+        "Hello",
+    ),
+    "end behind an error": (
+        "openai",
+        core_sse(core_delta("Hel"), {"error": "no"}, core_delta("lo"), CORE_DONE),
+        "APIError",
+        "Hel",
+    ),
+    "text beside an error": (
+        "openai",
+        core_sse({**core_delta("Hel"), "error": "no"}),
+        "APIError",
+        "Hel",
+    ),
+    "falsy errors": (
+        "openai",
+        core_sse(
+            {**core_delta("Hello"), "error": None},
+            {"error": {}},
+            {"error": ""},
+            CORE_DONE,
+        ),
+        "",
+        "Hello",
+    ),
+}
+core_each_kind = pytest.mark.parametrize(
+    "dialect, raw, end, text", CORE_KINDS.values(), ids=CORE_KINDS
+)
+
+
+@core_each_kind
+def test_every_kind_of_body_is_recognised(dialect, raw, end, text):
+    _said, how, result = core_outcome(raw, dialect)
+    assert (how.partition(":")[0], result["text"]) == (end, text)
+
+
+@core_each_kind
+def test_every_kind_of_body_is_recognised_byte_by_byte(dialect, raw, end, text):
+    outcome = core_outcome(raw, dialect)
+    assert core_outcome(core_pieces(raw, range(len(raw))), dialect) == outcome
+
+
+@pytest.mark.parametrize(
+    "name, retryable",
+    [
+        ("html", False),
+        ("empty", True),
+        ("cut json", True),
+        ("cut", True),
+        ("other json", False),
+    ],
+)
+def test_whether_another_request_may_help_with_a_strange_body(name, retryable):
+    dialect, raw, _, _ = CORE_KINDS[name]
+    with pytest.raises(rs.StreamingError) as caught:
+        rs.ChatStream.replay(raw, dialect).complete()
+    assert caught.value.retryable is retryable
+
+
+def test_html_is_named_as_such_and_shown():
+    with pytest.raises(rs.MalformedStreamError, match="HTML.*base URL.*Sign in"):
+        rs.ChatStream.replay(b"<html>\n Sign in</html>").complete()
+
+
+# Data that is no JSON: a drop if it may have carried text, else ignored and counted.
+CORE_MALFORMED = [
+    ('{"choices": [{"delta": {"content": "Hel', True),
+    ("{'content': 'x'}", False),
+    ('{"content": nope}', True),
+    ('{"delta": nope}', True),
+    ('{"arguments": nope}', True),
+    ('{"finish_reason": nope}', True),
+    ('{"error": nope}', True),
+    ('{"usage": nope}', False),
+    ('{"usage": {"a":', True),
+    ("[1, 2", True),
+    ("ping", False),
+    ("[1, 2] x]", False),
+    ("", None),
+    ("  ", None),
+    ("[1, 2]", False),
+    ('"text"', False),
+    ("null", False),
+    ('{"choices": 5}', False),
+    ('{"choices": [5]}', False),
+    ('{"choices": [{"delta": "x"}]}', False),
+    ('{"choices": [{"delta": {"content": 5}}]}', False),
+    ('{"choices": null}', None),
+    ('{"choices": [{"delta": null}]}', None),
+    ('{"unknown": {"content": 5}}', None),
+]
+
+
+@pytest.mark.parametrize("data, drops", CORE_MALFORMED, ids=lambda v: repr(v)[:30])
+def test_malformed_data_is_a_drop_if_it_may_have_carried_text(data, drops):
+    raw = core_sse(core_delta("Hel"), f"data: {data}", core_delta("lo"), CORE_DONE)
+    stream = rs.ChatStream.replay(raw)
+    if drops:
+        with pytest.raises(rs.MalformedStreamError) as caught:
+            stream.complete()
+        assert caught.value.retryable and caught.value.text == "Hel"
+    else:
+        assert stream.complete().text == "Hello"
+        assert stream.stats.malformed == (0 if drops is None else 1)
+
+
+@pytest.mark.parametrize("most", [0, 3, None])
+@pytest.mark.parametrize("data", ["ping", "[5]", '{"choices": 5}'])
+def test_malformed_data_is_ignored_up_to_the_limit(most, data, caplog):
+    caplog.set_level(logging.INFO, rs.__name__)
+    limits = rs.Limits(malformed=most)
+    count = 30 if most is None else most
+    bad = [f"data: {data}"] * count
+    good = core_sse(core_delta("Hello"), *bad, CORE_DONE)
+    result = rs.ChatStream.replay(good, limits=limits).complete()
+    assert (result.text, result.stats.malformed) == ("Hello", count)
+    assert len([r for r in caplog.records if "ignored" in r.message]) == count
+    if most is not None:
+        more = core_sse(
+            core_delta("Hello"), *bad, bad[0] if bad else "data: x", CORE_DONE
+        )
+        with pytest.raises(rs.MalformedStreamError, match="malformed=") as caught:
+            rs.ChatStream.replay(more, limits=limits).complete()
+        assert caught.value.text == "Hello" and not caught.value.retryable
+
+
+def test_a_chunk_counts_once_however_much_of_it_is_odd():
+    odd = {"choices": [5] * 50, "usage": 7}
+    raw = core_sse(core_delta("Hel"), odd, core_delta("lo"), odd, CORE_DONE)
+    result = rs.ChatStream.replay(raw).complete()
+    assert (result.text, result.stats.malformed) == ("Hello", 2)
+
+
+# Errors outside of data, where plain parsing of event streams drops them.
+CORE_STRAYS = {
+    "llama.cpp": b'error: {"code": 500, "message": "no", "type": "server_error"}\n\n',
+    "llama.cpp, nested": b'error: {"error": {"code": 500, "message": "no"}}\n\n',
+    "google": b'{\n  "error": {\n    "code": 503,\n    "message": "no"\n  }\n}\n\n',
+    "google, crlf": b'{\r\n  "error": {"code": 503,\r\n "message": "no"}\r\n}\r\n\r\n',
+    "google, unfinished": b'{\n  "error": {\n    "code": 503,\n    "message": "no"\n  }\n}',
+}
+
+
+@pytest.mark.parametrize("stray", CORE_STRAYS.values(), ids=CORE_STRAYS)
+@pytest.mark.parametrize("cuts", [[], range(1000)], ids=["whole", "byte by byte"])
+def test_an_error_outside_of_data_is_raised(stray, cuts):
+    raw = core_sse(core_delta("Hel"), core_delta("lo")) + stray
+    with pytest.raises(rs.APIError, match=": no") as caught:
+        rs.ChatStream.replay(core_pieces(raw, cuts)).complete()
+    assert (caught.value.text, caught.value.retryable) == ("Hello", True)
+
+
+@pytest.mark.parametrize("name", ["llama.cpp", "google"])
+@pytest.mark.parametrize("cuts", [[], range(1000)], ids=["whole", "byte by byte"])
+def test_an_end_marker_behind_an_error_outside_of_data_is_no_success(name, cuts):
+    raw = core_sse(core_delta("Hello"), core_finish()) + CORE_STRAYS[name]
+    raw += core_sse(core_delta(" again"), CORE_DONE)
+    with pytest.raises(rs.APIError) as caught:
+        rs.ChatStream.replay(core_pieces(raw, cuts)).complete()
+    assert caught.value.text == "Hello"
+
+
+def test_an_error_outside_of_data_behind_the_end_marker_is_none():
+    raw = CORE_HELLO + CORE_STRAYS["llama.cpp"]
+    assert rs.ChatStream.replay(raw).complete().text == "Hello"
+
+
+@pytest.mark.parametrize(
+    "stray", ["error: none", "error: null", "time: 12", "{", '{"a": 1}']
+)
+def test_other_unknown_fields_are_ignored(stray):
+    raw = core_sse(core_delta("Hel"), stray, core_delta("lo"), stray, CORE_DONE)
+    assert rs.ChatStream.replay(raw).complete().text == "Hello"
+
+
+@pytest.mark.parametrize("dialect", ["openai", "ollama", "gemini"])
+@pytest.mark.parametrize("cuts", [[], range(100, 900, 60)], ids=["whole", "in pieces"])
+def test_a_line_beyond_its_limit_is_an_error_and_what_was_before_is_kept(dialect, cuts):
+    first = CORE_TRANSCRIPTS[dialect][1 if dialect == "gemini" else 0]
+    raw = core_body(dialect, [first, {"padding": "x" * 500}, {"done": True}])
+    limits = rs.Limits(line=300)
+    with pytest.raises(rs.StreamLimitError) as caught:
+        rs.ChatStream.replay(core_pieces(raw, cuts), dialect, limits=limits).complete()
+    assert caught.value.limit == "line"
+    assert caught.value.text == ("" if dialect == "openai" else caught.value.text)
+    assert "Hello".startswith(caught.value.text)
+    assert bool(caught.value.text) is (dialect != "openai")
+
+
+def test_a_whole_answer_beyond_the_limit_is_an_error():
+    raw = json.dumps(CORE_WHOLES["openai"]).encode()
+    with pytest.raises(rs.StreamLimitError):
+        rs.ChatStream.replay(raw, limits=rs.Limits(line=50)).complete()
+
+
+def test_a_line_as_large_as_the_limit_is_read_in_one_piece_or_many():
+    line = json.dumps({"message": {"content": "x" * 50}, "done": True}).encode()
+    limits = rs.Limits(line=len(line))
+    for cuts in ([], range(200)):
+        pieces = core_pieces(line + b"\n", cuts)
+        result = rs.ChatStream.replay(pieces, "ollama", limits=limits).complete()
+        assert result.text == "x" * 50
+
+
+# -- many events at a time: the same as one by one
+
+CORE_TEACHERS = {
+    "openai": {
+        "id": "c1",
+        "created": 12,
+        "model": "m",
+        "choices": [{"index": 0, "delta": {"content": "Hi"}, "finish_reason": None}],
+        "obfuscation": "abc",
+    },
+    "openrouter": {
+        "id": "c1",
+        "provider": "p",
+        "choices": [
+            {
+                "index": 0,
+                "delta": {
+                    "content": "",
+                    "reasoning": "hm",
+                    "reasoning_details": [{"type": "reasoning.text", "text": "hm"}],
+                },
+            }
+        ],
+    },
+    "deepseek": {
+        "id": "c1",
+        "choices": [
+            {"index": 0, "delta": {"reasoning_content": "hm", "reasoning": "hm"}}
+        ],
+    },
+    "openai-completions": {
+        "id": "c1",
+        "created": 5,
+        "choices": [{"text": "Hi", "index": 0}],
+    },
+    "openai-responses": {
+        "type": "response.output_text.delta",
+        "item_id": "i",
+        "output_index": 0,
+        "content_index": 0,
+        "delta": "Hi",
+        "sequence_number": 4,
+        "obfuscation": "zz",
+    },
+    "anthropic": {
+        "type": "content_block_delta",
+        "index": 0,
+        "delta": {"type": "text_delta", "text": "Hi"},
+    },
+    "gemini": {
+        "responseId": "",
+        "candidates": [{"content": {"parts": [{"text": "Hi"}]}}],
+    },
+    "cohere": {
+        "type": "content-delta",
+        "index": 0,
+        "delta": {"message": {"content": {"text": "Hi"}}},
+    },
+    "ollama": {
+        "model": "m",
+        "created_at": "2026-01-01",
+        "message": {"role": "assistant", "content": "Hi"},
+        "done": False,
+    },
+    "tgi": {
+        "index": 1,
+        "token": {"id": 5, "text": "Hi", "special": False},
+        "generated_text": None,
+    },
+    "mistral": {
+        "id": "c1",
+        "choices": [
+            {"index": 0, "delta": {"content": [{"type": "text", "text": "Hi"}]}}
+        ],
+        "p": "abcd",
+    },
+}
+CORE_NAMED = ("openai-responses", "anthropic", "cohere")
+CORE_BETWEEN = [
+    "",
+    ": ping\n\n",
+    "\n",
+    "event: error\n",
+    "data: x\n",
+    'data: {"error":{"message":"e"}}\n\n',
+    'error: {"message":"e"}\n\n',
+    'data: {"choices":[{"index":0,"delta":{"content":"\\ud83d"}}]}\n\n',
+]
+CORE_SPITE = [
+    *[
+        '"',
+        "\\",
+        '\\"',
+        "\\\\",
+        "\\n",
+        "\n",
+        "\n\n",
+        "\r",
+        "\\u0041",
+        "\\ud83d",
+        "\\ude00",
+    ],
+    *[
+        "\\ud83d\\ude00",
+        "\u2028",
+        "\x85",
+        "\x00",
+        "é",
+        "\ufeff",
+        "{",
+        "}",
+        ",",
+        ":",
+        " ",
+    ],
+    *[
+        "data: ",
+        "event: x\n",
+        ": ping\n\n",
+        '"content":',
+        '"error":{"message":"e"}',
+        "5",
+    ],
+    *[
+        '"finish_reason":"stop"',
+        '","content":"',
+        '"}',
+        "[DONE]",
+        '"text": "T"',
+        "-1",
+        "07",
+    ],
+    *["1e5", "99999999999999999999", "null", "true", "id: 3\n", "\\u00", "\\x"],
+]
+
+
+def core_event(dialect, chunk):
+    """An event as text, in the form that the provider sends."""
+    if rs.DIALECTS[dialect].framing == "ndjson":
+        return json.dumps(chunk) + "\n"
+    head = f"event: {chunk['type']}\n" if dialect in CORE_NAMED else ""
+    data = json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
+    if rs.DIALECTS[dialect].pads:
+        data = data[:-1] + "   }"
+    return f"{head}data: {data}\n\n"
+
+
+@st.composite
+def core_regions(draw, dialect):
+    """Regions of events like the teacher, but for a few changes of any kind."""
+    lesson = CORE_TEACHERS[dialect]
+    leaves = [p for p in core_places(lesson) if p and p[-1] not in ("type", "choices")]
+    regions = []
+    for _ in range(draw(st.integers(1, 3))):
+        events = []
+        for _ in range(draw(st.integers(1, 4))):
+            path = draw(st.sampled_from(leaves))
+            values = st.sampled_from(
+                ["", "Ho", "hm", 'say "x"\n', "\ud83d", 7, None, "é"]
+            )
+            chunk = core_replaced(lesson, path, draw(values))
+            chunk = draw(st.sampled_from([lesson, chunk]))
+            event = draw(st.sampled_from(CORE_BETWEEN)) + core_event(dialect, chunk)
+            for _ in range(draw(st.integers(0, 2))):
+                start = draw(st.integers(0, len(event)))
+                end = draw(st.sampled_from([start, start, start + 1, start + 2]))
+                event = event[:start] + draw(st.sampled_from(CORE_SPITE)) + event[end:]
+            events.append(event)
+        regions.append("".join(events))
+    return regions
+
+
+def core_intake(dialect, regions, patience):
+    """Feed regions to an intake; all that can be seen from outside."""
+    answer = rs.Answer()
+    intake = rs._Intake(rs.DIALECTS[dialect], answer, rs.Limits())
+    intake._patience = patience
+    seen = []
+    for region in regions:
+        said = core_said_all(intake.feed(region.encode("utf-8", "replace")))
+        error = answer.error
+        seen.append((said, type(error), str(error), answer.ended))
+        if error is not None or answer.ended:
+            break
+    facts = (answer.id, answer.model, answer.cursor, answer.usage, answer.finishes)
+    counts = (answer.progress, answer.started, answer.malformed, answer.deltas)
+    kinds = (answer.last_kind, answer.sides(), answer.parts, answer._held)
+    return seen, facts, counts, kinds, intake.events, answer.received.text
+
+
+def core_said_all(pieces):
+    return [tuple(piece) if isinstance(piece, rs.Delta) else piece for piece in pieces]
+
+
+def core_differs(dialect, regions):
+    regions = [core_event(dialect, CORE_TEACHERS[dialect]) * 2, *regions]
+    return core_intake(dialect, regions, 8), core_intake(dialect, regions, 0)
+
+
+@pytest.mark.parametrize("dialect", CORE_TEACHERS)
+@core_settings(80)
+@given(data=st.data())
+@pytest.mark.slow
+def test_events_read_many_at_a_time_say_the_same_as_one_by_one(dialect, data):
+    fast, slow = core_differs(dialect, data.draw(core_regions(dialect)))
+    assert fast == slow
+
+
+# Found by thinking, not by chance: the event that is learned, the one that follows.
+CORE_TRAPS = {
+    "head and tail share a quote": (
+        "openai",
+        'data: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
+        'data: {"choices":[{"delta":{"content":"}}]}\n\n',
+    ),
+    "another key speaks for an empty one": (
+        "openai",
+        'data: {"choices":[{"delta":{"reasoning":"hm","reasoning_details":[{"text":"hm"}]}}]}\n\n',
+        'data: {"choices":[{"delta":{"reasoning":"","reasoning_details":[{"text":"hm"}]}}]}\n\n',
+    ),
+    "one of two spellings is empty": (
+        "openai",
+        'data: {"choices":[{"delta":{"reasoning_content":"hm","reasoning":"hm"}}]}\n\n',
+        'data: {"choices":[{"delta":{"reasoning_content":"","reasoning":"hm"}}]}\n\n',
+    ),
+    "the same JSON in the name of the event": (
+        "openai",
+        'event: {"choices":[{"delta":{"content":"Hi"}}]}\ndata: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
+        'event: {"choices":[{"delta":{"content":"Ho"}}]}\ndata: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
+    ),
+    "the same JSON in a comment": (
+        "openai",
+        ': {"choices":[{"delta":{"content":"Hi"}}]}\ndata: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
+        ': {"choices":[{"delta":{"content":"Ho"}}]}\ndata: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
+    ),
+    "the same JSON in an unknown field behind it": (
+        "openai",
+        'data: {"choices":[{"delta":{"content":"Hi"}}]}\nx: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
+        'data: {"choices":[{"delta":{"content":"Hi"}}]}\nx: {"choices":[{"delta":{"content":"Ho"}}]}\n\n',
+    ),
+    "the same JSON in a comment behind it": (
+        "openai",
+        'data: {"choices":[{"delta":{"content":"Hi"}}]}\n: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
+        'data: {"choices":[{"delta":{"content":"Hi"}}]}\n: {"choices":[{"delta":{"content":"Ho"}}]}\n\n',
+    ),
+    "an ID that comes later": (
+        "gemini",
+        'data: {"responseId":"","candidates":[{"content":{"parts":[{"text":"Hi","thought":true}]}}]}\n\n',
+        'data: {"responseId":"r1","candidates":[{"content":{"parts":[{"text":"Hi","thought":true}]}}]}\n\n',
+    ),
+    "a number with an exponent": (
+        "openai-responses",
+        'data: {"type":"response.output_text.delta","delta":"Hi","sequence_number":4}\n\n',
+        'data: {"type":"response.output_text.delta","delta":"Hi","sequence_number":5e1}\n\n',
+    ),
+    "a number with a leading zero": (
+        "openai-responses",
+        'data: {"type":"response.output_text.delta","delta":"Hi","sequence_number":4}\n\n',
+        'data: {"type":"response.output_text.delta","delta":"Hi","sequence_number":05}\n\n',
+    ),
+    "a negative number": (
+        "openai-responses",
+        'data: {"type":"response.output_text.delta","delta":"Hi","sequence_number":4}\n\n',
+        'data: {"type":"response.output_text.delta","delta":"Hi","sequence_number":-5}\n\n',
+    ),
+    "a number of twenty digits": (
+        "openai-responses",
+        'data: {"type":"response.output_text.delta","delta":"Hi","sequence_number":4}\n\n',
+        'data: {"type":"response.output_text.delta","delta":"Hi","sequence_number":99999999999999999999}\n\n',
+    ),
+    "a second key of the same name": (
+        "openai",
+        'data: {"choices":[{"delta":{"content":"a","content":"Hi"}}]}\n\n',
+        'data: {"choices":[{"delta":{"content":"a","content":"Ho"}}]}\n\n',
+    ),
+    "a finish reason behind the text": (
+        "openai",
+        'data: {"choices":[{"delta":{"content":"Hi"},"finish_reason":null}]}\n\n',
+        'data: {"choices":[{"delta":{"content":"Hi\\"},\\"finish_reason\\":null}]}"},"finish_reason":"stop"}]}\n\n',
+    ),
+    "a quote behind two backslashes": (
+        "openai",
+        'data: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
+        'data: {"choices":[{"delta":{"content":"Hi\\\\"},"finish_reason":"stop"}]}\n\n',
+    ),
+    "half of a pair": (
+        "openai",
+        'data: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
+        'data: {"choices":[{"delta":{"content":"\\ud83d"}}]}\n\ndata: {"choices":[{"delta":{"content":"\\ude00"}}]}\n\n',
+    ),
+    "a padding that is no string": (
+        "openai",
+        'data: {"choices":[{"delta":{"content":"Hi"}}],"obfuscation":"abc"}\n\n',
+        'data: {"choices":[{"delta":{"content":"Hi"}}],"obfuscation":"a\\"}\n\n',
+    ),
+    "spaces that are none": (
+        "anthropic",
+        'data: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"Hi"}  }\n\n',
+        'data: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"Hi"} \u00a0}\n\n',
+    ),
+    "invalid UTF-8": (
+        "openai",
+        'data: {"choices":[{"delta":{"content":"Hi"}}]}\n\n',
+        'data: {"choices":[{"delta":{"content":"\ufffd\udc80"}}]}\n\n',
+    ),
+}
+
+
+@pytest.mark.parametrize("dialect, lesson, region", CORE_TRAPS.values(), ids=CORE_TRAPS)
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_trap_for_reading_many_events_at_a_time(dialect, lesson, region, count):
+    regions = [lesson, lesson * 2, region * count, lesson, region]
+    fast, slow = (core_intake(dialect, regions, patience) for patience in (8, 0))
+    assert fast == slow
+
+
+CORE_UNLIKE = {"gemini", "deepseek", "openrouter"}  # an event there says more
+
+
+@pytest.mark.parametrize("dialect", sorted(set(CORE_TEACHERS) - CORE_UNLIKE))
+def test_alike_events_are_not_parsed_one_by_one(dialect, monkeypatch):
+    lesson = core_event(dialect, CORE_TEACHERS[dialect])
+    answer = rs.Answer()
+    intake = rs._Intake(rs.DIALECTS[dialect], answer, rs.Limits())
+    intake.feed(lesson.encode())
+    monkeypatch.setattr(intake._reader, "read", None)
+    pieces = intake.feed(lesson.replace('"Hi"', '"Ho"').encode() * 50)
+    assert len(pieces) == 50
+    assert intake.events == 51
+
+
+class CoreShouting(rs.Dialect):
+    """A dialect of somebody else's that looks at the words themselves."""
+
+    name = "shouting"
+
+    def read(self, chunk, answer, event):
+        text = chunk["t"]
+        if text == "</s>":
+            answer.finish("stop", "eos")
+        else:
+            answer.text(text if text != "Ho" else "HO")
+
+
+class CoreRenamed(rs.OpenAI):
+    """A dialect of somebody else's that only has another address."""
+
+    name = "renamed"
+    base_url = "https://example.com/v1"
+
+
+@pytest.mark.parametrize("cuts", [[], range(0, 400, 11)], ids=["whole", "in pieces"])
+def test_a_dialect_that_looks_at_the_words_is_asked_for_each_event(cuts):
+    texts = ["Hi", "Ho", "", "Ha", "</s>"]
+    raw = core_sse({"t": "He"}) + core_sse({"t": "Hu"})
+    raw += core_sse(*[{"t": text} for text in texts])
+    stream = rs.ChatStream.replay(core_pieces(raw, cuts), CoreShouting())
+    assert "".join(stream) == "HeHuHiHOHa"
+    assert stream.result.finish_reason == "stop"
+
+
+def test_a_dialect_with_another_address_is_as_fast_as_its_parent(monkeypatch):
+    lesson = core_event("openai", CORE_TEACHERS["openai"]).encode()
+    intake = rs._Intake(CoreRenamed(), rs.Answer(), rs.Limits())
+    intake.feed(lesson)
+    monkeypatch.setattr(intake._reader, "read", None)
+    assert len(intake.feed(lesson * 5)) == 5
+
+
+# ---------------------------------------------------------------------------
+# 8. Recovery: what to do after a failure, and when
+# ---------------------------------------------------------------------------
+
+CORE_DROP = rs.StreamConnectionError("dropped", retryable=True)
+CORE_BUSY = rs.APIError("busy", retryable=True)
+CORE_NO = rs.APIError("no", retryable=False)
+CORE_SAID = {"handed": True, "has_text": True}
+
+# What happened so far, the cause; then the action for each mode, in CORE_MODES' order.
+CORE_MODES = ["auto", "reattach", "continue", "ask", "replay", "never"]
+CORE_ACTIONS = {
+    "a final error": ({}, CORE_NO, ["raise"] * 6),
+    "a final error in mid-text": ({**CORE_SAID, "exact": True}, CORE_NO, ["raise"] * 6),
+    "nothing was handed out": ({}, CORE_DROP, ["retry"] * 6),
+    "nothing was handed out, busy": ({"exact": True}, CORE_BUSY, ["retry"] * 6),
+    "nothing handed out, n is 2": ({"one_choice": False}, CORE_DROP, ["retry"] * 6),
+    "the text is whole": (
+        {**CORE_SAID, "finished": True, "exact": True},
+        CORE_DROP,
+        ["raise"] * 6,
+    ),
+    "nothing known of the server": (
+        CORE_SAID,
+        CORE_DROP,
+        ["raise", "raise", "continue", "ask", "replay", "raise"],
+    ),
+    "the server continues": (
+        {**CORE_SAID, "exact": True},
+        CORE_DROP,
+        ["continue", "raise", "continue", "ask", "replay", "raise"],
+    ),
+    "the server continues, busy": (
+        {**CORE_SAID, "exact": True},
+        CORE_BUSY,
+        ["continue", "raise", "continue", "ask", "replay", "raise"],
+    ),
+    "the same text each time": (
+        {**CORE_SAID, "repeatable": True},
+        CORE_DROP,
+        ["replay", "raise", "continue", "ask", "replay", "raise"],
+    ),
+    "continues, and the same each time": (
+        {**CORE_SAID, "repeatable": True, "exact": True},
+        CORE_DROP,
+        ["continue", "raise", "continue", "ask", "replay", "raise"],
+    ),
+    "the generation goes on": (
+        {**CORE_SAID, "reattachable": True, "exact": True},
+        CORE_DROP,
+        ["reattach", "reattach", "continue", "ask", "replay", "raise"],
+    ),
+    "the generation goes on, unseen": (
+        {"reattachable": True},
+        CORE_DROP,
+        ["reattach", "reattach", "retry", "retry", "retry", "retry"],
+    ),
+    "the generation itself failed": (
+        {**CORE_SAID, "reattachable": True},
+        CORE_BUSY,
+        ["raise", "raise", "continue", "ask", "replay", "raise"],
+    ),
+    "n is 2": (
+        {**CORE_SAID, "one_choice": False, "exact": True, "repeatable": True},
+        CORE_DROP,
+        ["raise", "raise", "raise", "raise", "replay", "raise"],
+    ),
+    "an open tool call": (
+        {**CORE_SAID, "tool_call": True, "exact": True, "repeatable": True},
+        CORE_DROP,
+        ["raise", "raise", "continue", "ask", "replay", "raise"],
+    ),
+    "a tool call that was handed out": (
+        {**CORE_SAID, "tool_call": True, "only_text": False, "verifiable": False},
+        CORE_DROP,
+        ["raise", "raise", "raise", "raise", "raise", "raise"],
+    ),
+    "open reasoning": (
+        {**CORE_SAID, "reasoning": True, "exact": True, "repeatable": True},
+        CORE_DROP,
+        ["raise", "raise", "continue", "ask", "replay", "raise"],
+    ),
+    "a schema": (
+        {**CORE_SAID, "constrained": True, "exact": True, "repeatable": True},
+        CORE_DROP,
+        ["raise", "raise", "raise", "raise", "replay", "raise"],
+    ),
+    "only reasoning was handed out": (
+        {"handed": True, "exact": True},
+        CORE_DROP,
+        ["raise", "raise", "raise", "raise", "replay", "raise"],
+    ),
+    "more than is kept": (
+        {**CORE_SAID, "kept": False, "exact": True, "repeatable": True},
+        CORE_DROP,
+        ["raise"] * 6,
+    ),
+    "nobody saw it": (
+        {**CORE_SAID, "seen_by_nobody": True},
+        CORE_DROP,
+        ["restart", "raise", "continue", "ask", "replay", "raise"],
+    ),
+    "nobody saw it, and the server continues": (
+        {**CORE_SAID, "seen_by_nobody": True, "exact": True},
+        CORE_DROP,
+        ["continue", "raise", "continue", "ask", "replay", "raise"],
+    ),
+    "nobody saw a tool call": (
+        {**CORE_SAID, "seen_by_nobody": True, "exact": True, "tool_call": True},
+        CORE_DROP,
+        ["restart", "raise", "continue", "ask", "replay", "raise"],
+    ),
+    "nobody saw two choices": (
+        {**CORE_SAID, "seen_by_nobody": True, "one_choice": False},
+        CORE_DROP,
+        ["restart", "raise", "raise", "raise", "replay", "raise"],
+    ),
+    "nobody saw it, and it is not kept": (
+        {**CORE_SAID, "seen_by_nobody": True, "kept": False},
+        CORE_DROP,
+        ["restart", "raise", "raise", "raise", "raise", "raise"],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "facts, cause, actions", CORE_ACTIONS.values(), ids=CORE_ACTIONS
+)
+def test_what_follows_a_drop_is_one_table(facts, cause, actions):
+    now = rs.Situation(**facts)
+    chosen = [rs.choose_action(mode, cause, now) for mode in CORE_MODES]
+    assert chosen == actions
+
+
+def test_auto_never_takes_what_leaves_a_doubtful_seam():
+    names = [n for n in rs.Situation._fields if n not in ("handed", "finished")]
+    for values in itertools.product([False, True], repeat=len(names)):
+        now = rs.Situation(handed=True, **dict(zip(names, values)))
+        action = rs.choose_action("auto", CORE_DROP, now)
+        assert action in ("continue", "replay", "reattach", "restart", "raise")
+        if action == "continue":
+            assert now.exact and now.one_choice and now.kept and now.only_text
+            assert not (now.tool_call or now.reasoning or now.constrained)
+        if action == "replay":
+            assert now.repeatable and now.verifiable and now.one_choice and now.kept
+        assert action != "restart" or now.seen_by_nobody
+        assert action != "reattach" or now.reattachable
+        assert rs.choose_action("never", CORE_DROP, now) == "raise"
+
+
+@core_settings(200)
+@given(
+    st.floats(0, 1e6),
+    st.floats(0, 1e6),
+    st.integers(1, 10**6),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_a_wait_is_drawn_from_zero_to_its_bound(initial, most, failures, draw):
+    retry = rs.Retry(wait_initial=initial, wait_max=most)
+    wait = rs.draw_wait(retry, failures, draw)
+    assert 0 <= wait <= most
+    assert rs.draw_wait(retry, failures, 0.0) == 0
+    assert wait <= initial * 2.0 ** min(failures - 1, 60)
+
+
+def test_the_bound_doubles_up_to_the_longest_wait():
+    bounds = [rs.draw_wait(rs.Retry(), failures, 1.0) for failures in range(1, 9)]
+    assert bounds == [1, 2, 4, 8, 16, 30, 30, 30]
+    assert rs.draw_wait(rs.Retry(), 3, 0.5) == 2  # full jitter: even in the bound
+
+
+@pytest.mark.parametrize(
+    "body, constrained",
+    [
+        ({}, False),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, True),
+        ({"response_format": {"type": "json_object"}}, True),
+        ({"response_format": {"type": "text"}}, False),
+        ({"response_format": None}, False),
+        ({"text": {"format": {"type": "json_schema"}}}, True),
+        ({"text": {"format": {"type": "text"}, "verbosity": "low"}}, False),
+        ({"format": "json"}, True),
+        ({"format": {"type": "object"}}, True),
+        ({"grammar": "root ::= x"}, True),
+        ({"guided_json": {"type": "object"}}, True),
+        ({"parameters": {"grammar": {"type": "json", "value": {}}}}, True),
+        ({"generationConfig": {"responseMimeType": "application/json"}}, True),
+        ({"generationConfig": {"responseMimeType": "text/plain"}}, False),
+        ({"generationConfig": {"responseSchema": {"type": "OBJECT"}}}, True),
+        ({"parameters": None, "options": [], "text": "x"}, False),
+    ],
+    ids=str,
+)
+def test_whether_a_grammar_or_schema_rules_the_output(body, constrained):
+    assert rs._is_constrained(body) is constrained
+
+
+@pytest.mark.parametrize(
+    "body, repeatable",
+    [
+        ({}, False),
+        ({"temperature": 0}, True),
+        ({"temperature": 0.0}, True),
+        ({"temperature": 0.1}, False),
+        ({"temperature": None}, False),
+        ({"seed": 0}, True),
+        ({"seed": None}, False),
+        ({"options": {"seed": 7}}, True),
+        ({"generationConfig": {"temperature": 0}}, True),
+        ({"parameters": {"seed": 7, "temperature": 1}}, True),
+    ],
+    ids=str,
+)
+def test_whether_a_request_asks_for_the_same_text_each_time(body, repeatable):
+    assert rs._is_repeatable(body) is repeatable
+
+
+@pytest.mark.parametrize(
+    "body, count",
+    [
+        ({}, 1),
+        ({"n": 3}, 3),
+        ({"n": None}, 1),
+        ({"n": "3"}, 1),
+        ({"n": True}, 1),
+        ({"generationConfig": {"candidateCount": 2}}, 2),
+    ],
+    ids=str,
+)
+def test_how_many_choices_a_request_asks_for(body, count):
+    assert rs._choice_count(body) == count
 
 
 # -- helpers of sections 9 and 10
@@ -9853,7 +9765,7 @@ def test_a_stream_killed_on_a_real_socket_gives_the_whole_text_once(
                 assert STREAMS_STORY.startswith(printed)
             assert printed == stream.text == STREAMS_STORY
             assert len(server.requests) == 2 * number
-            assert server.open_connections <= 1
+            streams_until(lambda: server.open_connections <= 1)
 
 
 @settings(
@@ -10605,6 +10517,41 @@ def test_complete_chat_starts_over_for_n_choices_and_tool_calls() -> None:
     assert result.stats.cut_tool_calls == 0
 
 
+@pytest.mark.parametrize(
+    "dialect", ["openai", "anthropic", "gemini", "cohere", "ollama", "openai-responses"]
+)
+def test_what_starts_over_is_as_if_nothing_had_happened(dialect: str) -> None:
+    calls = [("look", '{"where": "sea 🐸"}'), ("stop", "")]
+    told: Any = {"reasoning": "hm 🐸 hm", "tool_calls": calls, "pieces": 2}
+    with streams_wire(STREAMS_TEXT, **told) as wire:
+        whole = streams_ask(dialect).complete()
+        size = len(wire.reply(wire.requests[0])[1])
+        for cut in range(0, size, 37):
+            wire.cuts, wire.requests = [("drop", cut)], []
+            again = streams_ask(dialect).complete()
+            assert again.tool_calls == whole.tool_calls != ()
+            assert again.reasoning == whole.reasoning == "hm 🐸 hm"
+            assert again.text == whole.text == STREAMS_TEXT
+            assert again.finish_reason == whole.finish_reason == "tool_calls" or (
+                dialect == "gemini" and whole.finish_reason == "stop"
+            )
+            if dialect != "openai-responses":  # its message has IDs in it
+                assert again.message == whole.message
+
+
+def test_reattaching_hands_out_reasoning_and_tool_calls_exactly_once() -> None:
+    calls = [("look", '{"where": "sea 🐸"}'), ("stop", "")]
+    told: Any = {"reasoning": "hm 🐸 hm", "tool_calls": calls, "pieces": 2}
+    with streams_wire(STREAMS_TEXT, **told) as wire:
+        expected = list(streams_ask("openai-responses", background=True).deltas())
+        size = len(wire.reply(wire.requests[0])[1])
+        for cut in range(0, size, 19):
+            wire.cuts, wire.requests = [("drop", cut), ("drop", cut // 2)], []
+            stream = streams_ask("openai-responses", background=True)
+            assert list(stream.deltas()) == expected
+            assert len(stream.result.tool_calls) == 2
+
+
 def test_draining_a_stream_that_somebody_has_seen_is_as_strict_as_the_loop() -> None:
     with streams_wire("abcdefgh", [("drop", streams_after("abcdefgh", 1))]) as wire:
         stream = streams_ask()
@@ -11270,6 +11217,7 @@ def test_saved_bytes_are_streamed_again_for_every_dialect(
 
 
 @pytest.mark.parametrize("dialect", sorted(rs.DIALECTS))
+@pytest.mark.slow
 def test_a_replay_that_is_cut_is_a_prefix_and_an_error_until_it_is_complete(
     dialect: str,
 ) -> None:
@@ -12816,6 +12764,7 @@ def test_a_stream_as_the_value_of_a_cell_shows_itself(shell, capsys):
     assert "Markdown" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_failing_stream_as_the_value_of_a_cell_fails_it(shell, capsys):
     outcome = shell.run_cell("rs.ChatStream.replay(cut)")
     assert not outcome.success
@@ -13304,6 +13253,7 @@ def test_a_closed_dashboard_frees_its_port_and_can_be_closed_again(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+@pytest.mark.slow
 def test_the_dashboard_as_a_program_watches_a_demonstration_until_ctrl_c() -> None:
     command = [sys.executable, dashboard.__file__, "--lifetime", "60"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -13770,6 +13720,171 @@ def test_an_interrupted_cell_keeps_the_partial_text_and_closes(cell: str) -> Non
         assert reply["status"] == "ok", reply
 
 
+# ---------------------------------------------------------------------------
+# 19. Promises about the file itself
+# ---------------------------------------------------------------------------
+
+CORE_SOURCE = Path(rs.__file__).read_text(encoding="utf-8")
+CORE_TREE = ast.parse(CORE_SOURCE)
+
+
+def core_line_of(mark):
+    found = re.search(rf"^# =+ {re.escape(mark)} =+$", CORE_SOURCE, re.MULTILINE)
+    assert found, mark
+    return CORE_SOURCE.count("\n", 0, found.start()) + 1
+
+
+def core_defined(start, end):
+    """The names that the file defines on its top level between two lines."""
+    names = set()
+    for node in CORE_TREE.body:
+        if not start <= node.lineno < end:
+            continue
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        else:
+            names |= {
+                inner.id
+                for inner in ast.walk(node)
+                if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store)
+            }
+    return names
+
+
+def core_used(start, end):
+    """The names that the file reads between two lines, with their lines."""
+    return {
+        (node.id, node.lineno)
+        for top in CORE_TREE.body
+        if start <= top.lineno < end
+        for node in ast.walk(top)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    }
+
+
+CORE_IMPURE = {
+    *["requests", "socket", "ssl", "http", "threading", "time", "random", "subprocess"],
+    *["HTTPAdapter", "HTTPConnectionPool", "HTTPSConnectionPool", "contextlib", "open"],
+    *[
+        "print",
+        "input",
+        "exec",
+        "eval",
+        "__import__",
+        "sys",
+        "heapq",
+        "zlib",
+        "urllib3",
+    ],
+}
+
+
+def test_nothing_above_the_first_line_does_input_or_output():
+    imports = max(n.lineno for n in CORE_TREE.body if isinstance(n, ast.ImportFrom))
+    used = core_used(imports + 1, core_line_of("I/O starts here"))
+    assert len(used) > 1000
+    assert [use for use in used if use[0] in CORE_IMPURE] == []
+
+
+def test_the_pure_part_reads_only_names_and_paths_of_the_system():
+    end = core_line_of("I/O starts here")
+    uses = {
+        node.attr
+        for node in ast.walk(CORE_TREE)
+        if isinstance(node, ast.Attribute) and node.lineno < end
+        if isinstance(node.value, ast.Name) and node.value.id == "os"
+    }
+    assert uses <= {"environ", "path"}
+    inner = [
+        n for n in ast.walk(CORE_TREE) if isinstance(n, (ast.Import, ast.ImportFrom))
+    ]
+    first = min(n.lineno for n in CORE_TREE.body if isinstance(n, ast.ClassDef))
+    assert [n.lineno for n in inner if first < n.lineno < end] == []
+
+
+@pytest.mark.parametrize("mark", ["I/O starts here", "optional: may be cut off here"])
+def test_nothing_above_a_line_refers_to_what_is_below(mark):
+    line = core_line_of(mark)
+    above, below = core_defined(0, line), core_defined(line, 10**6)
+    assert below - above
+    hidden = (below - above) - set(dir(builtins))
+    assert [use for use in core_used(0, line) if use[0] in hidden] == []
+
+
+def test_the_file_cut_at_the_second_line_still_streams(tmp_path):
+    lines = CORE_SOURCE.splitlines(keepends=True)
+    cut = tmp_path / "another_name.py"
+    head = lines[: core_line_of("optional: may be cut off here") - 2]
+    cut.write_text("".join(head), encoding="utf-8")
+    script = (
+        "import another_name as m, sys\n"
+        f"print(m.ChatStream.replay({CORE_HELLO!r}).complete().text)\n"
+        "assert m.logger.name == 'another_name'\n"
+    )
+    done = subprocess.run(
+        check=False,
+        args=[sys.executable, "-W", "error::SyntaxWarning", "-c", script],
+        cwd=str(tmp_path),
+        capture_output=True,
+    )
+    assert done.stdout.split() == [b"Hello"], done.stderr.decode()
+
+
+def test_every_public_name_exists_and_is_listed_once():
+    assert len(set(rs.__all__)) == len(rs.__all__)
+    assert [name for name in rs.__all__ if not hasattr(rs, name)] == []
+    assert rs.__version__.count(".") == 2
+    assert isinstance(
+        ast.literal_eval(re.search(r"^__version__ = (.*)$", CORE_SOURCE, 8).group(1)),
+        str,
+    )
+
+
+def test_every_public_name_says_what_it_is():
+    for name in set(rs.__all__) - {"DIALECTS"}:
+        assert getattr(rs, name).__doc__, name
+
+
+CORE_IMPORT = """
+import gc, logging, socket, sys, threading, warnings
+import requests
+warnings.simplefilter("error")
+made = []
+class Counted(socket.socket):
+    def __init__(self, *args, **kwargs):
+        made.append(args)
+        super().__init__(*args, **kwargs)
+socket.socket = Counted
+before = threading.active_count(), list(sys.path), list(logging.getLogger().handlers)
+import resilient_sse as rs
+after = threading.active_count(), list(sys.path), list(logging.getLogger().handlers)
+assert before == after, (before, after)
+assert not made, made
+kinds = [type(handler) for handler in logging.getLogger("resilient_sse").handlers]
+assert kinds == [logging.NullHandler], kinds
+rs.stream_chat("Hi", "m", base_url="http://127.0.0.1:9/v1", api_key="k")
+assert threading.active_count() == before[0] and not made
+"""
+
+
+def test_importing_starts_no_thread_and_opens_no_socket():
+    done = subprocess.run(
+        check=False,
+        args=[sys.executable, "-c", CORE_IMPORT],
+        cwd=str(Path(rs.__file__).parent),
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_the_sections_are_those_of_the_map():
+    doc = rs.__doc__
+    mapped = re.findall(r"^ ?(\d+)\. (.+?)  ", doc, re.MULTILINE)
+    titles = re.findall(r"^# (\d+)\. ([^:\n]+)", CORE_SOURCE, re.MULTILINE)
+    assert titles == mapped
+    assert importlib.util.find_spec("resilient_sse") is not None
+
+
 # Imports of this section; merge them with those of the file.
 
 
@@ -13916,7 +14031,7 @@ def test_engine_demo_survives_the_crash_it_causes(whole: ChatResult) -> None:
 
 
 # ---------------------------------------------------------------------------
-# Promises: README, the copied file, the demo
+# 21. Promises: README, the copied file, the demo
 # ---------------------------------------------------------------------------
 
 PROJECT = os.path.dirname(os.path.abspath(__file__))
@@ -13926,6 +14041,26 @@ MODULE = os.path.abspath(rs.__file__)
 def project_text(name):
     with open(os.path.join(PROJECT, name), encoding="utf-8") as file:
         return file.read()
+
+
+def optional_lines():
+    """Where the tests of the optional part begin and end in this file."""
+    with open(__file__, encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    heads = [i for i, line in enumerate(lines) if re.match(r"# \d+\. ", line)]
+    numbers = [int(lines[i].split()[1].rstrip(".")) for i in heads]
+    inside = [i for i, number in zip(heads, numbers) if 13 <= number <= 18]
+    behind = [i for i in heads if i > max(inside)]
+    return min(inside), min(behind, default=len(lines))
+
+
+@pytest.fixture(autouse=True)
+def needs_the_optional_part(request):
+    if hasattr(rs, "StreamMonitor"):
+        return
+    first, last = optional_lines()
+    if first <= request.function.__code__.co_firstlineno <= last:
+        pytest.skip("the optional part is cut off")
 
 
 def readme_blocks():
@@ -13981,6 +14116,7 @@ def test_the_demo_streams_through_every_fault_and_the_text_is_exact():
     done = subprocess.run(
         [sys.executable, demo, "--fast"],
         stdout=subprocess.PIPE,
+        check=False,
         stderr=subprocess.STDOUT,
         timeout=60,
         env={**os.environ, "PYTHONIOENCODING": "utf-8"},
@@ -14009,11 +14145,13 @@ def test_the_file_works_under_any_name_and_cut_at_the_second_line(tmp_path):
         [sys.executable, "-c", program],
         cwd=str(tmp_path),
         stdout=subprocess.PIPE,
+        check=False,
         timeout=60,
     )
     assert done.stdout.strip() == b"whole"
 
 
+@pytest.mark.slow
 def test_the_core_tests_pass_on_the_file_cut_at_the_second_line(tmp_path):
     if os.environ.get("RESILIENT_SSE_CUT"):
         pytest.skip("this is the inner run")
@@ -14037,6 +14175,7 @@ def test_the_core_tests_pass_on_the_file_cut_at_the_second_line(tmp_path):
         ],
         cwd=str(tmp_path),
         stdout=subprocess.PIPE,
+        check=False,
         stderr=subprocess.STDOUT,
         timeout=240,
         env={
@@ -14068,6 +14207,7 @@ def test_importing_starts_no_thread_opens_no_socket_and_sets_no_handler():
         [sys.executable, "-c", program],
         cwd=os.path.dirname(MODULE),
         stdout=subprocess.PIPE,
+        check=False,
         timeout=60,
     )
     assert done.stdout.strip() == b"quiet"

@@ -170,9 +170,9 @@ def _report_decoders(
     limit = {"data, 4 KiB reads": 1.3, "data, 64 KiB reads": 1.15}.get(kind)
     if limit:
         result.goals.append(Goal(f"decoder, {kind} / split", ratios[OURS], limit))
-    fastest = next(name for name in ratios if name not in (floor, OURS))
-    value = ratio(times[OURS], times[fastest])
-    result.goals.append(Goal(f"decoder, {kind} / {fastest}", value, 0.7))
+    for fastest in [name for name in ratios if name not in (floor, OURS)][:1]:
+        value = ratio(times[OURS], times[fastest])
+        result.goals.append(Goal(f"decoder, {kind} / {fastest}", value, 0.7))
     return ratios
 
 

@@ -162,6 +162,9 @@ def save(results: dict[str, Result], text: str, out: Path) -> None:
     (out / "report.rst").write_text(text, encoding="utf-8")
     numbers = {name: asdict(result) for name, result in results.items()}
     (out / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    if not peers.installed("matplotlib"):
+        print("matplotlib is not installed: no pictures", file=sys.stderr)
+        return
     for name, result in results.items():
         if result.chart and any(result.chart.series.values()):
             draw(result.chart, MEASURES[name].__doc__ or name, out / f"{name}.png")
