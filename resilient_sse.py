@@ -3304,7 +3304,7 @@ class _EventDecoder(SSEDecoder):
 if TYPE_CHECKING:
     _Decoder = _EventDecoder | _LineDecoder
 
-_JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+_JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
 _JSON_NUMBER = re.compile(r"\s*:\s*(0|[1-9][0-9]*)(?![0-9.eE])")
 
 
@@ -3479,6 +3479,7 @@ def _is_ours(kind: type) -> bool:
 
 _PATIENCE = 8
 _PORTION = 2048  # bytes of a few events
+_LARGE = 262144  # patterns remember too much of a larger region
 
 
 class _Reader:
@@ -3700,7 +3701,7 @@ class _Intake:
     def _take_shaped(self, region: bytes) -> bool:
         """Read a region by the shape; return whether it has events of that shape."""
         shape, decoder = self._shape, cast("_Decoder", self._decoder)
-        if shape is None or not self._answer.is_plain:
+        if shape is None or len(region) > _LARGE or not self._answer.is_plain:
             return False
         try:
             gaps, texts, numbers = shape.split(region)
@@ -3733,7 +3734,7 @@ class _Intake:
     def _take_portion(self, region: bytes) -> None:
         """Read events one by one, and learn from the last of them."""
         events = self._take_blocks(region)
-        if events and self._patience and self._answer.out:
+        if events and self._patience and self._answer.out and len(region) < _LARGE:
             self._learn(region, events[-1])
 
     def _take_blocks(self, region: bytes) -> list[ServerSentEvent]:

@@ -7191,9 +7191,11 @@ def test_limits_of_ages_do_not_kill_the_watchdog(fresh_watchdog):
     assert net_eventually(lambda: guard.verdict == "idle")
 
 
-def test_limits_of_ages_are_limits_like_others():
-    ages = rs.Timeouts(1e9, 1e9, 1e9, 1e9, 1e9)
-    with FlakyServer("Hello") as server:
+@pytest.mark.parametrize("age", [1e9, 2**32 / 1000 + 0.01])  # poll counts in 2**32 ms
+def test_limits_of_ages_are_limits_like_others(age):
+    ages = rs.Timeouts(age, age, age, age, age)
+    late = net_sends(0.1, NET_CHUNKED, 0.1, net_chunk(net_body("Hello")))
+    with FlakyServer(script=[late]) as server:
         assert "".join(net_chat(server, timeouts=ages)) == "Hello"
 
 
@@ -7529,6 +7531,24 @@ def test_what_is_no_answer_is_one_error_of_ours_and_tried_again(wire):
         assert net_eventually(lambda: server.open_connections <= 1)
 
 
+NET_UNSENDABLE = {
+    "a leading blank": {"headers": {"X-Mine": " value"}},
+    "no host name": {"base_url": "http://" + "a" * 99 + ".invalid/v1"},
+}
+
+
+@pytest.mark.parametrize("options", NET_UNSENDABLE.values(), ids=NET_UNSENDABLE)
+def test_what_cannot_be_sent_is_the_callers_error_and_not_tried_again(options):
+    requests_made = []
+    observer = rs.Observer(on_request=requests_made.append)
+    with FlakyServer() as server:
+        stream = net_chat(server, retry=rs.Retry(), observe=observer, **options)
+        with pytest.raises(ValueError, match="cannot send"):
+            next(stream)
+        assert server.requests == []
+    assert len(requests_made) == 1
+
+
 # -- framing and compression as such
 
 
@@ -7677,6 +7697,17 @@ def test_a_compressed_body_is_its_data_however_it_is_split(
     plain = rs._PlainBody(NetSource(split_at(wire, places)), None)
     body = rs._InflatedBody(plain, encoding)
     assert read_all(body) == data
+
+
+def test_a_bomb_is_inflated_in_small_pieces():
+    coder = zlib.compressobj(9, zlib.DEFLATED, 31)
+    wire = coder.compress(b"a" * 10000000) + coder.flush()
+    body = rs._InflatedBody(rs._PlainBody(NetSource([wire]), None), "gzip")
+    sizes = []
+    while not body.is_clean:
+        sizes.append(len(body.read()))
+    assert max(sizes) <= 65536
+    assert sum(sizes) == 10000000
 
 
 def test_gzip_members_that_follow_each_other_are_one_body():
@@ -7990,6 +8021,27 @@ def test_a_second_response_behind_the_first_is_not_taken_for_the_next(framing):
         assert "".join(net_chat(server)) == "Hello"
 
 
+def test_a_connection_that_stays_open_behind_the_end_marker_is_given_up_soon():
+    with FlakyServer(script=["done-then-open"]) as server:
+        started = time.monotonic()
+        assert "".join(net_chat(server)) == STORY
+        assert time.monotonic() - started < NET_SOON
+        assert net_eventually(lambda: server.open_connections == 0)
+
+
+def test_a_flood_behind_the_end_marker_is_not_read_to_its_end():
+    def fault(connection, request):
+        connection.send(NET_CHUNKED + net_chunk(net_body("Hello")))
+        while True:
+            connection.send(net_chunk(b"x" * 65536))
+
+    with FlakyServer(script=[fault]) as server:
+        started = time.monotonic()
+        assert "".join(net_chat(server)) == "Hello"
+        assert time.monotonic() - started < NET_SOON
+        assert net_eventually(lambda: server.open_connections == 0)
+
+
 def leave_by_break(server):
     for _ in net_chat(server):
         break
@@ -8184,6 +8236,17 @@ def test_read_bounds_silence_between_deltas(own_session, net_security):
         error = timed_out(server, session, read=0.15)
     assert error.kind == "read"
     assert len(error.text) >= 4
+
+
+@pytest.mark.parametrize("own_session", [True, False], ids=["ours", "callers"])
+def test_first_token_does_not_bound_the_silence_behind_it(own_session):
+    session = None if own_session else requests.Session()
+    first, second = net_chunk(net_delta("Hello")), net_chunk(net_body(" world"))
+    fault = net_sends(NET_CHUNKED + first, 0.6, second)
+    with FlakyServer(script=[fault]) as server:
+        limits = net_limits(first_token=0.4, read=10)
+        stream = net_chat(server, timeouts=limits, session=session)
+        assert "".join(stream) == "Hello world"
 
 
 @pytest.mark.parametrize("fault", NET_AFTER_SOME)
@@ -8461,6 +8524,18 @@ def test_close_ends_the_wait_for_an_answer(fault):
         closed_while_blocked(stream, lambda: server.requests)
         assert net_eventually(lambda: server.open_connections == 0)
         assert len(server.requests) == 1
+
+
+def test_a_connection_that_is_used_again_is_watched_as_a_new_one(net_security):
+    script = ["ok", "headers-stall", "ok", "headers-stall"]
+    with FlakyServer(script=script, **net_security) as server:
+        assert "".join(net_chat(server)) == STORY
+        stream = net_chat(server)
+        closed_while_blocked(stream, lambda: len(server.requests) == 2)
+        assert server.connections == 1
+        assert "".join(net_chat(server)) == STORY
+        assert timed_out(server, first_token=0.2).kind == "first_token"
+        assert server.connections == 2
 
 
 @pytest.mark.parametrize("case", NET_STUCK_CONNECTS)
@@ -9129,13 +9204,16 @@ class StreamsWire:
 
 @contextmanager
 def streams_wire(text: str, cuts: Iterable[Any] = (), **options: Any) -> Iterator[Any]:
-    """Let streams that are made meanwhile talk to a wire."""
+    """Let streams that are made meanwhile talk to a wire, without warnings."""
     wire, before = StreamsWire(text, cuts, **options), rs._opener
+    level = rs.logger.level
     rs._opener = lambda session: wire.open
+    rs.logger.setLevel("ERROR")
     try:
         yield wire
     finally:
         rs._opener = before
+        rs.logger.setLevel(level)
 
 
 def streams_events(*texts: str, ends: bool = True) -> bytes:
@@ -9192,12 +9270,6 @@ def streams_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waits
 
 
-@pytest.fixture(autouse=True)
-def streams_quiet(caplog: pytest.LogCaptureFixture) -> None:
-    """Thousands of drops are thousands of warnings; nobody reads them here."""
-    caplog.set_level("ERROR", logger=rs.__name__)
-
-
 # -- completion is a contract
 
 STREAMS_ENDS = [
@@ -9222,7 +9294,8 @@ STREAMS_ENDS = [
 def test_a_stream_completes_only_by_its_end_marker_or_a_finish_reason(
     fault: str, expected: str | None
 ) -> None:
-    timeouts = rs.Timeouts(connect=5, first_token=5, read=0.3, idle=5, total=20)
+    silence = 1 if fault == "finish-then-stall" else 5
+    timeouts = rs.Timeouts(connect=5, first_token=5, read=silence, idle=5, total=20)
     with FlakyServer(STREAMS_STORY, [fault]) as server:
         begun = time.monotonic()
         stream = streams_ask(base_url=server.url + "/v1", retry=None, timeouts=timeouts)
@@ -9376,7 +9449,7 @@ def test_a_status_is_retried_if_it_passes_with_time(
         assert not streams_waits
 
 
-QUOTA = '{"error":{"code":"insufficient_quota","message":"pay"}}'
+STREAMS_QUOTA = '{"error":{"code":"insufficient_quota","message":"pay"}}'
 STREAMS_VERDICTS = [
     (400, "true", "{}", True),
     (404, "true", "{}", True),
@@ -9387,9 +9460,9 @@ STREAMS_VERDICTS = [
     (401, "true", "{}", False),
     (402, "true", "{}", False),
     (403, "true", "{}", False),
-    (429, "", QUOTA, False),
-    (429, "true", QUOTA, False),
-    (429, "", QUOTA.replace("code", "type"), False),
+    (429, "", STREAMS_QUOTA, False),
+    (429, "true", STREAMS_QUOTA, False),
+    (429, "", STREAMS_QUOTA.replace("code", "type"), False),
     (429, "", '{"error":{"code":"billing_hard_limit_reached"}}', False),
     (429, "", '{"error":{"details":[{"quotaId":"RequestsPerDay"}]}}', False),
     (429, "", "<html>busy</html>", True),
@@ -10808,9 +10881,10 @@ def test_ctrl_c_passes_through_and_closes_the_connection() -> None:
     with FlakyServer("abcdefgh", ["stall-event:3"]) as server:
         stream = streams_ask(base_url=server.url + "/v1")
         assert [next(stream), next(stream)] == ["abcd", "efgh"]
-        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        interrupt = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
         begun = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
+            interrupt.start()
             next(stream)
         assert time.monotonic() - begun < 5
         assert stream.text == "abcdefgh"

@@ -164,8 +164,8 @@ def clients(shape: str) -> list[str]:
 
 
 def jobs_for(
-    names: Iterable[K], job: Callable[..., T], *args: Any
-) -> dict[K, Callable[[], T]]:
+    names: Iterable[Any], job: Callable[..., Any], *args: Any
+) -> dict[Any, Callable[[], Any]]:
     """The same job for several clients: ``job(*args, name)``."""
     return {name: partial(job, *args, name) for name in names}
 

@@ -523,9 +523,13 @@ def instructions(bench: Bench) -> Result:
         for (shape, peer), number in each.items()
     ]
     goals = [
-        Goal(f"instructions, {shape} / floor", number / each[shape, "floor"], limit)
+        Goal(
+            f"instructions, {shape} / floor",
+            each[shape, OURS] / each[shape, "floor"],
+            limit,
+        )
         for shape, limit in _CPU_GOALS.items()
-        if (number := each.get((shape, OURS)))
+        if each.get((shape, OURS))
     ]
     columns = ["client", "ratio to floor", "instructions"]
     note = f"Instructions: counted by {tool[0]}; those of the kernel are not in it."

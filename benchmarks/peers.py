@@ -199,10 +199,8 @@ def httpx_sse(url: str, shape: str, delays: Delays) -> Seen:
     import httpx
     from httpx_sse import connect_sse
 
-    with (
-        httpx.Client(timeout=60) as client,
-        connect_sse(client, "POST", url, json=BODY) as source,
-    ):
+    client = httpx.Client(timeout=60)
+    with client, connect_sse(client, "POST", url, json=BODY) as source:
         return _parse((event.data for event in source.iter_sse()), shape, delays)
 
 

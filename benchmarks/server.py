@@ -354,9 +354,11 @@ def _serve(client: socket.socket) -> None:
     client.settimeout(120)
     try:
         with client, client.makefile("rb") as reader:
-            while path := _request(reader, reader.read):
+            path = _request(reader, reader.read)
+            while path:
                 for piece in _body(path):
                     client.sendall(piece)
+                path = _request(reader, reader.read)
     except OSError:  # the client left, as several peers do after the last event
         pass
 
@@ -374,8 +376,8 @@ def main() -> None:
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
         print(listener.getsockname()[1], flush=True)
-        while (left := deadline - time.monotonic()) > 0:
-            listener.settimeout(left)
+        while time.monotonic() < deadline:
+            listener.settimeout(max(0.01, deadline - time.monotonic()))
             try:
                 client, _ = listener.accept()
             except TimeoutError:
