@@ -709,7 +709,8 @@ class SSEDecoder:
         self._head = b""  # the first bytes, until they are known not to be a BOM
         self._headless = True
         self._after_cr = False
-        self._pending = bytearray()  # the unfinished block
+        # The unfinished block: bytes while every read ends one, else a bytearray.
+        self._pending: bytes | bytearray = b""
         self._line = 0  # how many of its bytes belong to the unfinished line
         self._noted = 0  # how many were searched for a reconnection time
         self._excess = ""  # the limit that was passed
@@ -725,13 +726,11 @@ class SSEDecoder:
         if self._excess:
             self._check()
         region = self._frame(chunk)
-        events: list[ServerSentEvent] = []
+        events = self._parse(region) if region else []
         if region:
-            events, self._noted = self._parse(region), 0
-        lines = len(self._pending) - self._line
-        if lines > self._noted:  # of an event that goes on
-            self._note_retry(bytes(self._pending[self._noted : lines]))
-            self._noted = lines
+            self._noted = 0
+        if len(self._pending) > self._line:  # lines of an event that goes on
+            self._note_lines()
         if self._excess and not events:
             self._check()
         return events
@@ -747,9 +746,15 @@ class SSEDecoder:
         for line in rest.decode("utf-8", "replace").split("\n"):
             self._note_stray(line)
         self._head = b""
-        self._pending.clear()
+        self._pending = b""
         self._line = 0
         return len(rest)
+
+    def _note_lines(self) -> None:
+        lines = len(self._pending) - self._line
+        if lines > self._noted:
+            self._note_retry(bytes(self._pending[self._noted : lines]))
+            self._noted = lines
 
     def _check(self) -> None:
         if self._excess:
@@ -791,11 +796,11 @@ class SSEDecoder:
             return b""
         region = bytes(self._pending) + chunk[:cut] if self._pending else chunk[:cut]
         rest = chunk[cut:]
-        self._pending[:] = rest
+        self._pending = rest
         self._line = len(rest) - rest.rfind(b"\n") - 1
         if len(region) + len(rest) > self._harmless:
             region = self._bounded(region)
-            self._pending.clear()
+            self._pending = b""
             self._line = 0
             self._keep(rest)
         return region
@@ -803,6 +808,8 @@ class SSEDecoder:
     def _keep(self, chunk: bytes) -> None:
         if self._excess:
             return
+        if not isinstance(self._pending, bytearray):
+            self._pending = bytearray(self._pending)
         self._pending += chunk
         if len(self._pending) > self._harmless:
             lines = chunk.split(b"\n")
