@@ -42,7 +42,7 @@ The map (each section needs only those above it; search for ``# N.``):
 16. Command line                 python resilient_sse.py --help
 
 Specification: https://html.spec.whatwg.org/multipage/server-sent-events.html
-Upstream: https://pypi.org/project/resilient-sse/ (the licence is the last block)
+Upstream: the project resilient-sse on PyPI (the licence is the last block)
 """
 
 from __future__ import annotations
@@ -5760,41 +5760,44 @@ class _Chat(_Loop):
 
     def _complete_error(self, error: StreamingError) -> None:
         error.phase = error.phase or self._phase()
-        error.args = (f"{error} {self._progress_note()}" + self._advice(error),)
+        error.args = (f"{error} {_progress_note(self)}" + _advice(self, error),)
         error.text = self.text
         error.result = self.result()
 
-    def _progress_note(self) -> str:
-        seconds = _now() - self.ledger.started
+
+def _progress_note(chat: _Chat) -> str:
+    seconds = _now() - chat.ledger.started
+    return (
+        f"(after {len(chat.text)} characters of text and {seconds:.1f} s, request "
+        f"{chat.ledger.requests} of {chat.recovery.retry.attempts})"
+    )
+
+
+def _advice(chat: _Chat, error: StreamingError) -> str:
+    """What the caller can do about it."""
+    asked = getattr(error, "retry_after", None)
+    if asked is not None and error.retryable:
+        return f"; the server asks to wait {asked:.0f} s"
+    if chat.recovery.lacking:
+        return "; Timeouts(total=...) leaves no time to wait for another request"
+    if getattr(error, "status", None) in (401, 403) and chat.prompt.key is None:
         return (
-            f"(after {len(self.text)} characters of text and {seconds:.1f} s, request "
-            f"{self.ledger.requests} of {self.recovery.retry.attempts})"
+            "; no key was sent: a key from the environment goes only to the "
+            "provider's own address, pass api_key=..."
         )
+    dropped = error.retryable and chat.text and chat.recovery.is_stuck
+    if dropped and chat.prompt.resume == "auto" and _could_resume(chat):
+        return (
+            "; this answer cannot be resumed without a doubtful seam: see resume="
+            "'continue', 'ask' or 'replay', or use complete_chat"
+        )
+    return ""
 
-    def _advice(self, error: StreamingError) -> str:
-        """What the caller can do about it."""
-        asked = getattr(error, "retry_after", None)
-        if asked is not None and error.retryable:
-            return f"; the server asks to wait {asked:.0f} s"
-        if self.recovery.lacking:
-            return "; Timeouts(total=...) leaves no time to wait for another request"
-        if getattr(error, "status", None) in (401, 403) and self.prompt.key is None:
-            return (
-                "; no key was sent: a key from the environment goes only to the "
-                "provider's own address, pass api_key=..."
-            )
-        dropped = error.retryable and self.text and self.recovery.is_stuck
-        if dropped and self.prompt.resume == "auto" and self._could_resume():
-            return (
-                "; this answer cannot be resumed without a doubtful seam: see resume="
-                "'continue', 'ask' or 'replay', or use complete_chat"
-            )
-        return ""
 
-    def _could_resume(self) -> bool:
-        """Whether another ``resume=`` would have been of use."""
-        finished = self.prompt.has_finished(self.answer)
-        return not (finished or self.answer.received.dropped)
+def _could_resume(chat: _Chat) -> bool:
+    """Whether another ``resume=`` would have been of use."""
+    finished = chat.prompt.has_finished(chat.answer)
+    return not (finished or chat.answer.received.dropped)
 
 
 def _texts(chat: _Chat) -> Iterator[str]:
