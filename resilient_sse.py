@@ -4389,9 +4389,9 @@ class _SlowBody(_PlainBody):
         self._pieces = response.iter_content(size)
 
     def read(self) -> bytes:
-        data = next(self._pieces, b"")
+        data: bytes = next(self._pieces, b"")
         self.is_clean = not data
-        return cast(bytes, data)
+        return data
 
 
 class _InflatedBody:
@@ -7608,9 +7608,10 @@ def _software() -> str:
     import platform
 
     urllib3 = sys.modules["urllib3"].__version__
+    version = vars(requests)["__version__"]  # not exported, say its types
     return (
         f"resilient_sse {__version__}, Python {platform.python_version()}, "
-        f"requests {requests.__version__}, urllib3 {urllib3}, "
+        f"requests {version}, urllib3 {urllib3}, "
         f"{platform.system()}"
     )
 

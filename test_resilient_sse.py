@@ -1693,6 +1693,7 @@ def test_a_transcript_that_is_well_formed_is_read_whole(dialect):
 @core_each_dialect
 @core_settings(40)
 @given(data=st.data(), cuts=st.lists(st.integers(0, 2000), max_size=6))
+@pytest.mark.slow
 def test_whatever_json_a_dialect_reads_only_a_streaming_error_comes_out(
     dialect, data, cuts
 ):
