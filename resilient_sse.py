@@ -546,6 +546,10 @@ class Timeouts(_Options):
 
     Time that the caller spends between two deltas counts for ``total`` only.  After a
     finish reason the rest is waited for at most ``min(read, 5)`` seconds.
+
+    A look-up of a host name cannot be ended, by these or by ``close()``.  On a session
+    of the caller's own, neither can a wait for the headers: there ``connect`` is that
+    of requests, for each address, and each piece of the headers has its own time.
     """
 
     connect: float | None
