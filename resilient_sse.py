@@ -669,20 +669,27 @@ _STRAY_LINES = 256
 
 
 #: What nearly every event looks like; other blocks are read line by line.
+#: (An empty alternative costs half of what a question mark does.)
 _USUAL_EVENTS = re.compile(
-    rb"(?:id: ([^\n\0]+)\n)?(?:event: ([^\n]+)\n)?data: ([^\n]*)\n\n"
+    rb"(?:id: ([^\n\0]+)\n|)(?:event: ([^\n]+)\n|)data: ([^\n]*)\n\n"
 )
 
 
 def _new_events(
-    names: Iterable[str], data: Iterable[bytes], ids: Iterable[str]
+    names: Iterable[str], data: list[bytes], ids: Iterable[str]
 ) -> list[ServerSentEvent]:
     """Make many events as fast as tuples can be made: no Python code for each."""
-    same = itertools.repeat
-    texts = map(bytes.decode, data, same("utf-8"), same("replace"))
-    rows = zip(names, texts, ids)
-    made = map(tuple.__new__, same(ServerSentEvent), rows)
+    rows = zip(names, _decoded_lines(data), ids)
+    made = map(tuple.__new__, itertools.repeat(ServerSentEvent), rows)
     return cast("list[ServerSentEvent]", list(made))
+
+
+def _decoded_lines(lines: list[bytes]) -> list[str]:
+    # Nearly all text is valid, and to say how to mend it would double the cost.
+    try:
+        return list(map(bytes.decode, lines))
+    except UnicodeDecodeError:
+        return list(map(_decoded, lines))
 
 
 def _decoded(line: bytes) -> str:
@@ -756,9 +763,9 @@ class SSEDecoder:
 
     def _note_lines(self) -> None:
         lines = len(self._pending) - self._line
-        if lines > self._noted:
+        if self._pending.find(b"retry", self._noted, lines) >= 0:
             self._note_retry(bytes(self._pending[self._noted : lines]))
-            self._noted = lines
+        self._noted = lines
 
     def _check(self) -> None:
         if self._excess:
@@ -798,7 +805,7 @@ class SSEDecoder:
         if not cut:
             self._keep(chunk)
             return b""
-        region = bytes(self._pending) + chunk[:cut] if self._pending else chunk[:cut]
+        region = bytes(self._pending) + chunk[:cut]
         rest = chunk[cut:]
         self._pending = rest
         self._line = len(rest) - rest.rfind(b"\n") - 1
@@ -861,12 +868,21 @@ class SSEDecoder:
         self, ids: list[Any], names: list[Any], data: list[bytes]
     ) -> list[ServerSentEvent]:
         """Make events of the fields that they have; None stands for no such field."""
-        known = {name: _decoded(name or b"message") for name in set(names)}
+        all_names: Iterable[str] = itertools.repeat("message")
+        if any(names):
+            known = {name: _decoded(name or b"message") for name in set(names)}
+            all_names = map(known.__getitem__, names)
+        return _new_events(all_names, data, self._all_ids(ids))
+
+    def _all_ids(self, ids: list[Any]) -> Iterable[str]:
+        """The last event ID at each event; it stays where none is given."""
         if not any(ids):
-            all_ids: Iterable[str] = itertools.repeat(self.last_event_id)
-        else:
-            all_ids = [self._noted_id(id) for id in ids]
-        return _new_events(map(known.__getitem__, names), data, all_ids)
+            return itertools.repeat(self.last_event_id)
+        if None in ids:
+            return [self._noted_id(id) for id in ids]
+        decoded = _decoded_lines(ids)
+        self.last_event_id = decoded[-1]
+        return decoded
 
     def _noted_id(self, id: bytes | None) -> str:
         if id is not None:
