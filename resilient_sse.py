@@ -799,6 +799,8 @@ class SSEDecoder:
         """Return all complete blocks; keep the rest."""
         if self._headless or self._after_cr or b"\r" in chunk:
             chunk = self._normalise(chunk)
+        if not self._pending and chunk[-2:] == b"\n\n" and len(chunk) < self._harmless:
+            return chunk  # whole events, as a live stream brings them
         cut = chunk.rfind(b"\n\n") + 2
         if cut == 1:  # not found; but the blank line may begin in the bytes kept
             cut = 1 if not self._line and chunk.startswith(b"\n") else 0
@@ -1256,8 +1258,11 @@ class Answer(_Kept):
         """Hand over the pieces that came since the last call."""
         pieces, self.out = self.out, []
         self.deltas += len(pieces)
-        texts = [piece for piece in pieces if isinstance(piece, str)]
-        self.received.add("".join(texts))
+        try:
+            text = "".join(cast("list[str]", pieces))
+        except TypeError:  # not all of them are visible text
+            text = "".join(piece for piece in pieces if isinstance(piece, str))
+        self.received.add(text)
         return pieces
 
     def add_texts(self, kind: str, texts: list[str]) -> None:
@@ -3269,7 +3274,7 @@ class _LineDecoder:
 
     def __init__(self, limits: Limits) -> None:
         self._limit = math.inf if limits.line is None else limits.line
-        self._exceeded = False
+        self._excess = ""  # the limit that was passed
         self._pending = bytearray()
         self._stray: list[str] = []
 
@@ -3279,8 +3284,13 @@ class _LineDecoder:
         if cut:
             region = self._bounded(bytes(self._pending) + chunk[:cut])
             self._pending.clear()
-        self._pending += chunk[cut:]
+        self._keep(chunk[cut:])
         return region
+
+    def _keep(self, rest: bytes) -> None:
+        self._pending += rest
+        if len(self._pending) > self._limit:
+            self._excess = "line"
 
     def _bounded(self, region: bytes) -> bytes:
         """Cut the region off before the first line that is too large."""
@@ -3288,13 +3298,13 @@ class _LineDecoder:
             start = 0
             for line in region.split(b"\n"):
                 if len(line) > self._limit:
-                    self._exceeded = True
+                    self._excess = "line"
                     return region[:start]
                 start += len(line) + 1
         return region
 
     def _check(self) -> None:
-        if self._exceeded or len(self._pending) > self._limit:
+        if self._excess:
             message = f"the stream has a line of more than {self._limit} bytes"
             raise StreamLimitError(message, limit="line")
 
@@ -3311,7 +3321,7 @@ class _WholeDecoder(_LineDecoder):
     """One JSON text; it is read at its end."""
 
     def _frame(self, chunk: bytes) -> bytes:
-        self._pending += chunk
+        self._keep(chunk)
         return b""
 
     def _finish(self) -> list[ServerSentEvent]:
@@ -3380,6 +3390,18 @@ class _Shape:
         step = self._step
         numbers = [] if self._cursor is None else parts[self._cursor :: step]
         return parts[::step], _unquoted(parts[self._text :: step]), numbers
+
+    def read(self, region: bytes) -> tuple[list[str], list[bytes]] | None:
+        """The same for a region that is one event, as a live stream brings them.
+
+        :returns: its text and number; None if it is something else.
+        """
+        found = self._pattern.fullmatch(region)
+        if found is None:
+            return None
+        text = found[self._text].decode()
+        texts = [_unescaped(text) if "\\" in text else text]
+        return texts, [] if self._cursor is None else [found[self._cursor]]
 
 
 def _unquoted(bodies: list[bytes]) -> list[str]:
@@ -3669,7 +3691,8 @@ class _Intake:
                 chunk = self._choose_decoder(chunk)
             if self._decoder is not None:
                 self._take(self._decoder._frame(chunk))
-                self._decoder._check()
+                if self._decoder._excess:
+                    self._decoder._check()
         except StreamingError as error:
             self._answer.fail(error)
         return self._answer.take()
@@ -3719,24 +3742,26 @@ class _Intake:
         """
         answer = self._answer
         while region and not answer.ended and answer.error is None:
-            if self._take_shaped(region):
+            if self._shape and self._take_shaped(self._shape, region):
                 return
             portion = self._portion(region)
             self._take_portion(portion)
             region = region[len(portion) :]
 
-    def _take_shaped(self, region: bytes) -> bool:
+    def _take_shaped(self, shape: _Shape, region: bytes) -> bool:
         """Read a region by the shape; return whether it has events of that shape."""
-        shape, decoder = self._shape, cast("_Decoder", self._decoder)
-        if shape is None or len(region) > _LARGE or not self._answer.is_plain:
+        if len(region) > _LARGE or not self._answer.is_plain:
             return False
         try:
+            one = shape.read(region)
+            if one is not None:
+                self._take_texts(shape.kind, *one)
+                return True
             gaps, texts, numbers = shape.split(region)
         except ValueError:
             return False
-        if not texts or not all(
-            gap.endswith(decoder.terminator) for gap in gaps if gap
-        ):
+        terminator = cast("_Decoder", self._decoder).terminator
+        if not texts or not all(gap.endswith(terminator) for gap in gaps if gap):
             return False
         self._patience = _PATIENCE
         start = 0
@@ -4321,6 +4346,7 @@ class _ChunkedBody:
 
     def __init__(self, source: Any) -> None:
         self._source = source
+        self._receive: Callable[[int], bytes] = self._receive_first
         self._rest = b"\r\n"  # as if a chunk had just ended
         self._left = 0  # bytes of the present chunk that are still to come
         self._is_ending = False  # the last chunk was seen
@@ -4333,7 +4359,7 @@ class _ChunkedBody:
             raise _CutBody(self._fault)
         if self.is_clean:
             return b""
-        data = self._source.read1(_READ)
+        data = self._receive(_READ)
         if self._is_ending:
             self._end(self._rest + data, at_end=not data)
             return b""
@@ -4341,52 +4367,47 @@ class _ChunkedBody:
             raise _CutBody("the last chunk is missing")
         return self._strip(data)
 
+    def _receive_first(self, size: int) -> bytes:
+        """What came with the headers is in the file; all else is in the socket."""
+        source = self._source
+        sock = getattr(getattr(source, "raw", None), "_sock", None)
+        self._receive = getattr(sock, "recv", source.read1)
+        data: bytes = source.read1(size)
+        return data
+
     def _strip(self, data: bytes) -> bytes:
         """Take the framing off."""
-        if self._left > len(data):
-            self._left -= len(data)
-            return data
-        pieces = [data[: self._left]]
-        raw = self._rest + data[self._left :]
-        self._left = 0
-        position, end = 0, len(raw)
-        while True:
-            # What stands at position is the line feed behind a chunk, and the next
-            # chunk's length; int() skips the white space.
+        raw = self._rest + data
+        position, end = self._left, len(raw)
+        pieces = [raw[:position]]
+        # What stands at position is the line feed behind a chunk, and the next chunk's
+        # length; int() skips the white space.
+        while position + 2 < end:
             start = raw.find(b"\n", position + 2) + 1
             if not start:
                 break
-            length = self._length(raw[position:start])
-            if length <= 0:  # pieces before a fault are handed out first
-                if not length:
-                    self._end(raw[start:])
-                return b"".join(pieces)
+            header = raw[position:start]
+            try:
+                length = int(header, 16)
+            except ValueError:
+                length = _length_before_extensions(header)
+            if length <= 0 or header[:2] != b"\r\n":
+                self._stop(header, length, raw[start:])
+                return b"".join(pieces)  # handed out before a fault
             position = start + length
-            if position > end:
-                pieces.append(raw[start:])
-                self._left = position - end
-                self._rest = b""
-                return b"".join(pieces)
             pieces.append(raw[start:position])
+        self._left = max(position - end, 0)
         self._rest = raw[position:]
         if len(self._rest) > _READ:
             self._fault = "a chunk header has no end"
         return b"".join(pieces)
 
-    def _length(self, line: bytes) -> int:
-        """The length of the next chunk; negative if it cannot be told."""
-        try:
-            length = int(line, 16)
-        except ValueError:
-            length = -1
-        if length < 0:  # chunk extensions are rare enough for a second look
-            digits = line.partition(b";")[0].strip()
-            if re.match(rb"[0-9A-Fa-f]{1,15}\Z", digits):
-                length = int(digits, 16)
-        if length < 0 or line[:2] != b"\r\n":
+    def _stop(self, header: bytes, length: int, rest: bytes) -> None:
+        """The last chunk, or what is none."""
+        if length == 0 and header[:2] == b"\r\n":
+            self._end(rest)
+        else:
             self._fault = "a chunk header is garbled"
-            return -1
-        return length
 
     def _end(self, trailer: bytes, at_end: bool = False) -> None:
         """Take the trailer section, so that the connection can be used again."""
@@ -4396,6 +4417,12 @@ class _ChunkedBody:
         )
         if not self.is_clean and len(trailer) > _READ:
             self._fault = "the trailer section has no end"
+
+
+def _length_before_extensions(header: bytes) -> int:
+    """The length of a chunk; negative if it cannot be told."""
+    digits = header.partition(b";")[0].strip()
+    return int(digits, 16) if re.match(rb"[0-9A-Fa-f]{1,15}\Z", digits) else -1
 
 
 class _SlowBody(_PlainBody):
@@ -4560,28 +4587,22 @@ class _Deadlines:
 
     def __init__(self, timeouts: Timeouts, started: float) -> None:
         self._timeouts = timeouts
+        self._silence = _or_never(timeouts.read)
+        self._idle = _or_never(timeouts.idle)
         self._end = started + _or_never(timeouts.total)
         self._sent = self._moved = started
-        self._paused: float | None = None
         self.has_begun = False
         self.has_finished = False
 
     def send(self, now: float) -> None:
         """A request is being sent."""
         self._sent = self._moved = now
-        self._paused = None
         self.has_begun = self.has_finished = False
 
-    def pause(self, now: float) -> None:
-        """The caller takes over."""
-        self._paused = now
-
-    def go_on(self, now: float) -> None:
-        """The caller comes back for more."""
-        if self._paused is not None:
-            self._sent += now - self._paused
-            self._moved += now - self._paused
-            self._paused = None
+    def skip(self, seconds: float) -> None:
+        """The caller took so long to come back for more."""
+        self._sent += seconds
+        self._moved += seconds
 
     def move(self, now: float) -> None:
         """There was progress."""
@@ -4612,14 +4633,12 @@ class _Deadlines:
         """The end of the read that begins now."""
         if not self.has_begun and not self.has_finished:
             return self.headers()
-        limits = [(self._end, "total")]
-        silence = _or_never(self._timeouts.read)
+        due, kind = now + self._silence, "read"
         if self.has_finished:
-            limits.append((self._moved + min(silence, 5.0), "end"))
-        else:
-            limits.append((now + silence, "read"))
-            limits.append((self._moved + _or_never(self._timeouts.idle), "idle"))
-        return min(limits)
+            due, kind = self._moved + min(self._silence, 5.0), "end"
+        elif self._moved + self._idle < due:
+            due, kind = self._moved + self._idle, "idle"
+        return (due, kind) if due < self._end else (self._end, "total")
 
     def for_requests(self, now: float) -> tuple[float | None, float | None]:
         """The timeouts to give to requests: connect, and up to the headers."""
@@ -4864,27 +4883,30 @@ class _Exchange(_Failures):
         :raises StreamConnectionError: the body was cut.
         """
         body = cast("_Body", self._body)
-        data = self._read_once(body, now)
-        while not (data or body.is_clean):  # it was framing, which counts for `read`
-            data = self._read_once(body, _now())
-        if self._guard.verdict and not data:
+        while True:
+            self._arm(now)
+            try:
+                data = body.read()
+            except _BODY_ERRORS as error:
+                cause = _stripped(error, self._request.secrets)
+                raise self._translated(error, "stream") from cause
+            finally:
+                self._guard.due = _NEVER
+            if data or body.is_clean:
+                break
+            now = _now()  # it was framing, which counts for `read`
+        if not data and self._guard.verdict:
             self._check_verdict()
         self.bytes += len(data)
         return data
 
-    def _read_once(self, body: _Body, now: float) -> bytes:
-        guard, secrets = self._guard, self._request.secrets
+    def _arm(self, now: float) -> None:
+        """Let the watchdog end the read that begins now, when its time is over."""
         due, kind = self._deadlines.read(now)
         self._check_verdict()
         if now >= due:
             raise self._timeout(kind)
-        guard.set(due, kind)
-        try:
-            return body.read()
-        except _BODY_ERRORS as error:
-            raise self._translated(error, "stream") from _stripped(error, secrets)
-        finally:
-            guard.rest()
+        self._guard.set(due, kind)
 
     def drain(self) -> None:
         """Behind the end marker: read up to the body's end, if it comes soon."""
@@ -5024,10 +5046,18 @@ class _Reporter:
     """Tells the observers of one stream."""
 
     def __init__(self, observers: tuple[Observer, ...]) -> None:
-        self.observers = observers
+        self.observers: tuple[Observer, ...] = ()
+        #: What any observer listens to: asked for each read, so known beforehand.
+        self.wanted: set[str] = set()
         self.number = next(_stream_numbers)
         self.started = _now()
         self.attempt = 0
+        self.add(observers)
+
+    def add(self, observers: tuple[Observer, ...]) -> None:
+        """Tell these observers too."""
+        self.observers += observers
+        self.wanted.update(*map(_overridden_hooks, observers))
 
     def tell(self, what: str, why: str, data: Any) -> None:
         """Call ``on_<what>`` of every observer."""
@@ -5038,13 +5068,15 @@ class _Reporter:
         for observer in self.observers:
             getattr(observer, "on_" + what)(record)
 
-    def wants(self, what: str) -> bool:
-        """Whether any observer listens to this."""
-        if not self.observers:
-            return False
-        base = getattr(Observer, "on_" + what)
-        hooks = [getattr(observer, "on_" + what) for observer in self.observers]
-        return any(getattr(hook, "__func__", hook) is not base for hook in hooks)
+
+def _overridden_hooks(observer: Observer) -> set[str]:
+    names = [name for name in dir(Observer) if name.startswith("on_")]
+    hooks = {name: getattr(observer, name) for name in names}
+    return {
+        name[3:]
+        for name, hook in hooks.items()
+        if getattr(hook, "__func__", hook) is not getattr(Observer, name)
+    }
 
 
 class _Prompt(NamedTuple):
@@ -5394,7 +5426,7 @@ class _Loop:
             return False
         position = iter(batch)
         self._show(batch, position)
-        watched = self.reporter.wants(self._item_hook)
+        watched = self._item_hook in self.reporter.wanted
         self.items = self._told(batch, position) if watched else position
         return True
 
@@ -5477,14 +5509,9 @@ class _Loop:
         facts = {"status": exchange.status, "headers": shown}
         self.reporter.tell("response", f"HTTP status {exchange.status}", facts)
 
-    def _read(self, exchange: Any) -> bytes:
-        """The next bytes of a body; b"" at its clean end."""
-        now = _now()
-        self._deadlines.go_on(now)
-        chunk: bytes = exchange.read(now)
-        if chunk and self.reporter.wants("chunk"):
+    def _tell_chunk(self, chunk: bytes) -> None:
+        if chunk:
             self.reporter.tell("chunk", f"{len(chunk)} bytes", chunk)
-        return chunk
 
     def _close_exchange(self, exchange: Any) -> None:
         self._guard = None
@@ -5654,22 +5681,26 @@ class _Chat(_Loop):
             self._close_exchange(exchange)
 
     def _receive(self, exchange: Any, intake: _Intake) -> Iterator[list[Piece]]:
-        answer = self.answer
+        answer, wanted = self.answer, self.reporter.wanted
         while not answer.ended:
             try:
-                chunk = self._read(exchange)
+                chunk = exchange.read(_now())
             except (StreamConnectionError, StreamTimeoutError):
                 if not self.prompt.has_finished(answer):
                     raise
                 break
+            if "chunk" in wanted:
+                self._tell_chunk(chunk)
             moved = answer.progress
             pieces = intake.feed(chunk) if chunk else intake.end()
             now = _now()
             if pieces:
-                self._note_begin(now)
+                if not self._deadlines.has_begun:
+                    self._note_begin()
                 yield pieces
             if answer.progress != moved:
                 self._note_progress(now)
+            self._deadlines.skip(_now() - now)
             if answer.error is not None:
                 raise answer.error
             if not chunk:
@@ -5694,13 +5725,11 @@ class _Chat(_Loop):
             why = f"{event.event} of {len(event.data)} characters"
             tell("event", why, event)
 
-        hook = on_event if self.reporter.wants("event") else None
+        hook = on_event if "event" in self.reporter.wanted else None
         return _Intake(self.prompt.dialect, self.answer, self.limits, hook)
 
-    def _note_begin(self, now: float) -> None:
-        """Pieces are about to be handed out; the clock of the reads stands still."""
-        self._deadlines.pause(now)
-        if self.answer.started and not self._deadlines.has_begun:
+    def _note_begin(self) -> None:
+        if self.answer.started:
             self._deadlines.has_begun = True
             self.ledger.note_first_token()
 
@@ -5913,7 +5942,7 @@ class ChatStream:
     def observe(self, observer: Observer) -> None:
         """Add an observer; before the first ``next()``, or it misses the start."""
         chat = self._chat
-        chat.reporter.observers += _known_observers(observer)
+        chat.reporter.add(_known_observers(observer))
 
     def close(self) -> None:
         """Close the stream: from any thread, any number of times.
@@ -6425,7 +6454,9 @@ class _Feed(_Loop):
         decoder = SSEDecoder(last_event_id=self.last_event_id, limits=self.limits)
         decoder.reconnection_time = self.reconnection_time
         while True:
-            chunk = self._read(exchange)
+            chunk = exchange.read(_now())
+            if "chunk" in self.reporter.wanted:
+                self._tell_chunk(chunk)
             if not chunk:
                 decoder.close()
                 self._end_connection()
@@ -6434,8 +6465,10 @@ class _Feed(_Loop):
             self.reconnection_time = decoder.reconnection_time
             self.last_event_id = decoder.last_event_id
             if events:
-                self._note_events(events)
+                now = _now()
+                self._note_events(events, now)
                 yield events
+                self._deadlines.skip(_now() - now)
             decoder._check()
 
     def _end_connection(self) -> None:
@@ -6445,13 +6478,12 @@ class _Feed(_Loop):
             message = "the server ended the stream"
             raise IncompleteStreamError(message, retryable=True)
 
-    def _note_events(self, events: list[ServerSentEvent]) -> None:
+    def _note_events(self, events: list[ServerSentEvent], now: float) -> None:
         self._failures = self._barren = 0
         self.ledger.events += len(events)
-        self._deadlines.move(_now())
+        self._deadlines.move(now)
         self._deadlines.has_begun = True
         self.ledger.note_first_token()
-        self._deadlines.pause(_now())
 
     def _tell_item(self, item: ServerSentEvent) -> None:
         why = f"{item.event} of {len(item.data)} characters"
