@@ -7641,6 +7641,7 @@ NET_GARBLED = {
     "a sign": b"5\r\nHello\r\n+5;x\r\nHello",
     "digits behind a chunk": b"5\r\nHelloab\r\n" + b"x" * 200,
     "more data than announced": b"5\r\nHello world\r\n0\r\n\r\n",
+    "an end that is not on a line of its own": b"5\r\nHello000\r\n\r\n",
     "a huge number": b"5\r\nHello\r\n" + b"f" * 99 + b";x\r\n",
 }
 
@@ -8414,6 +8415,26 @@ def test_a_slow_caller_trips_no_timeout(net_clock):
             tokens.append(token)
             net_clock.offset += 1000
         assert "".join(tokens) == text
+
+
+@pytest.mark.parametrize(
+    ("limits", "end"), [({}, 105), ({"read": 2}, 102), ({"total": 3}, 103)], ids=str
+)
+def test_behind_a_finish_reason_the_rest_has_five_seconds_or_less(limits, end):
+    deadlines = rs._Deadlines(rs.Timeouts(**limits), 100)
+    deadlines.expect_end(100)
+    assert deadlines.read(101)[0] == end
+
+
+def test_a_slow_reader_of_events_trips_no_timeout(net_clock):
+    limits = rs.Timeouts(connect=20, first_token=20, read=20, idle=20)
+    with FlakyServer("abcdef", pieces=2, delay=0.02) as server:
+        events = []
+        url = server.url + "/events"
+        for event in rs.stream_events(url, timeouts=limits, retry=None, method="POST"):
+            events.append(event.data)
+            net_clock.offset += 1000
+    assert events == ["ab", "cd", "ef"]
 
 
 def test_a_slow_caller_trips_total(net_clock):
@@ -10406,6 +10427,19 @@ def test_reattaching_asks_for_what_comes_behind_the_last_event() -> None:
     assert stream.result.finish_reason == "stop"
     assert stream.result.raw_finish_reason == "completed"
     assert stream.result.usage is not None
+
+
+def test_reattaching_knows_the_last_event_though_each_came_in_a_read_of_its_own() -> (
+    None
+):
+    with streams_wire(STREAMS_STORY, pieces=9) as wire:
+        stream = streams_ask("openai-responses", background=True)
+        whole = wire.reply(streams_first(stream))[1]
+        events = [event + b"\n\n" for event in whole.split(b"\n\n")]
+        count = sum(event.count(b"output_text.delta") > 0 for event in events) // 2
+        wire.cuts = [("raw", events[:count])]
+        assert "".join(stream) == STREAMS_STORY
+    assert wire.requests[1].url.endswith(f"&starting_after={count - 1}")
 
 
 def test_reattaching_is_tried_again_and_bills_nothing_anew() -> None:
