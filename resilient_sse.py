@@ -4365,7 +4365,18 @@ class _ChunkedBody:
             return b""
         if not data:
             raise _CutBody("the last chunk is missing")
+        if self._rest == b"\r\n" and data[-2:] == b"\r\n":
+            return self._only_chunk(data) or self._strip(data)
         return self._strip(data)
+
+    def _only_chunk(self, data: bytes) -> bytes:
+        """The content, if the read is one whole chunk, as in a live stream."""
+        start = data.find(b"\n") + 1
+        try:
+            end = start + int(data[:start], 16)
+        except ValueError:
+            return b""
+        return data[start:end] if end + 2 == len(data) else b""
 
     def _receive_first(self, size: int) -> bytes:
         """What came with the headers is in the file; all else is in the socket."""
@@ -4379,12 +4390,13 @@ class _ChunkedBody:
         """Take the framing off."""
         raw = self._rest + data
         position, end = self._left, len(raw)
-        pieces = [raw[:position]]
+        pieces = [raw[:position]] if position else []
         # What stands at position is the line feed behind a chunk, and the next chunk's
         # length; int() skips the white space.
         while position + 2 < end:
             start = raw.find(b"\n", position + 2) + 1
             if not start:
+                self._check_header(raw[position:])
                 break
             header = raw[position:start]
             try:
@@ -4396,11 +4408,13 @@ class _ChunkedBody:
                 return b"".join(pieces)  # handed out before a fault
             position = start + length
             pieces.append(raw[start:position])
-        self._left = max(position - end, 0)
+        self._left = position - end if position > end else 0
         self._rest = raw[position:]
-        if len(self._rest) > _READ:
-            self._fault = "a chunk header has no end"
         return b"".join(pieces)
+
+    def _check_header(self, begun: bytes) -> None:
+        if len(begun) > _READ:
+            self._fault = "a chunk header has no end"
 
     def _stop(self, header: bytes, length: int, rest: bytes) -> None:
         """The last chunk, or what is none."""

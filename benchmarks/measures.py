@@ -189,7 +189,7 @@ def delay(bench: Bench) -> Result:
     others = [("floor", n) for n in _clients(bench, "openai") if n not in main]
     jobs = jobs_for([main, *others], _together, bench)
     groups = bench.interleave(jobs, 1)
-    bench.more_for(groups, {main: jobs[main]}, bench.amount(11, 5))
+    bench.more_for(groups, {main: jobs[main]}, bench.amount(29, 5))
     runs: dict[str, list[tuple[Run, Run]]] = {}
     for group in itertools.chain(*groups.values()):
         for name, found in group.items():

@@ -326,6 +326,7 @@ def _paced(shape: str, count: int, pace: float) -> Iterator[bytes]:
         due += step
         time.sleep(max(0.0, due - time.monotonic()))
         yield _chunk(delta(number, STAMP % time.monotonic()))
+    time.sleep(step)  # the finish reason takes a step of its own, as a token does
     yield b"".join(map(_chunk, tail())) + _END
 
 
