@@ -1743,10 +1743,14 @@ def _wait_seconds(value: str | None, unit: float, now: float) -> float | None:
     try:
         return float(value) / unit
     except ValueError:
-        pass
+        return _seconds_until(value, now)
+
+
+def _seconds_until(date: str, now: float) -> float | None:
+    """Seconds until a date as HTTP writes it; None if it is none."""
     try:
-        date = email.utils.parsedate_tz(value)
-        return email.utils.mktime_tz(date) - now if date else None
+        parts = email.utils.parsedate_tz(date)
+        return email.utils.mktime_tz(parts) - now if parts else None
     except (ValueError, OverflowError, IndexError):  # its parser, before Python 3.10
         return None
 
@@ -4593,6 +4597,21 @@ def _secrets_in(url: str, headers: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(sorted({*values} - {""}, key=len, reverse=True))
 
 
+def _session_headers(session: requests.Session | None) -> dict[str, str]:
+    """What a caller's session sends of its own accord, by name."""
+    if session is None:
+        return {}
+    auth, params = session.auth, session.params
+    secret = auth[-1] if isinstance(auth, tuple) else getattr(auth, "password", None)
+    query = params if isinstance(params, Mapping) else {}
+    named = {**query, **session.headers, "Password": secret}
+    return {str(n): _header_text(v) for n, v in named.items() if v is not None}
+
+
+def _header_text(value: Any) -> str:
+    return value.decode("latin-1") if isinstance(value, bytes) else str(value)
+
+
 class _Deadlines:
     """When what has taken too long; time that the caller takes does not count.
 
@@ -5051,9 +5070,9 @@ _stream_numbers = itertools.count(1)
 _HISTORY_KEPT = 1000
 
 
-def _pause(closing: threading.Event, seconds: float) -> None:
+def _pause(closing: threading.Lock, seconds: float) -> None:
     """Wait, unless the stream is closed meanwhile."""
-    closing.wait(min(seconds, _LONGEST))
+    closing.acquire(timeout=min(seconds, _LONGEST))
 
 
 class _Reporter:
@@ -5103,6 +5122,7 @@ class _Prompt(NamedTuple):
     key: str | Callable[[], str] | None
     resume: ResumeMode
     model: str | None = None
+    session: requests.Session | None = None
 
     def request(self, action: str, answer: Answer) -> tuple[_Request, Seam | None]:
         """The request that carries out an action, and the seam that it makes.
@@ -5156,12 +5176,13 @@ class _Prompt(NamedTuple):
     def _post(self, url: str, body: dict[str, Any], action: str) -> _Request:
         data = jsonlib.dumps(body).encode("ascii")
         headers = {"Content-Type": "application/json"}
-        return self._with_key(_Request("POST", url, headers, data, action))
+        return _Request("POST", url, headers, data, action)
 
     def _get(self, url: str, action: str) -> _Request:
-        return self._with_key(_Request("GET", url, {}, None, action))
+        return _Request("GET", url, {}, None, action)
 
-    def _with_key(self, request: _Request) -> _Request:
+    def with_key(self, request: _Request) -> _Request:
+        """The request as it is sent, with a key that is fresh."""
         key = _checked_key(self.key()) if callable(self.key) else self.key
         headers = CaseInsensitiveDict(_standard_headers())
         headers.update(request.headers)
@@ -5169,7 +5190,8 @@ class _Prompt(NamedTuple):
         if key is not None:
             headers.update(self.dialect.auth(key))
         _merge_headers(headers, self.headers)
-        secrets = _secrets_in(request.url, headers)
+        known = {**_session_headers(self.session), **headers}
+        secrets = _secrets_in(request.url, known)
         return request._replace(headers=dict(headers), secrets=secrets)
 
 
@@ -5406,8 +5428,11 @@ class _Loop:
         self._open = opener
         self._deadlines = _Deadlines(timeouts, _now())
         self._guard: _Guard | None = None
-        self._closing = threading.Event()
-        self._closed_elsewhere = False
+        # Released by close(): a lock, for a signal handler may call that while its
+        # thread waits, and would find the inner lock of an Event taken.
+        self._closing = threading.Lock()
+        self._closing.acquire()
+        self._closer: int | None = None  # the thread that called close()
         self._reader = threading.get_ident()
         self._has_begun = False
         self._is_over = False
@@ -5446,7 +5471,7 @@ class _Loop:
 
     def check_closed(self) -> bool:
         """Whether the stream is closed; raises if another thread did it."""
-        if self.closed and self._closed_elsewhere and not self._is_over:
+        if self.closed and not self._is_closed_by_reader and not self._is_over:
             message = "the stream was closed by another thread"
             self._fail(StreamAbortedError(message))
         return self.closed
@@ -5460,13 +5485,15 @@ class _Loop:
         """End the stream, from any thread."""
         if self.closed or self._is_over:
             return
-        self._closed_elsewhere = threading.get_ident() != self._reader
+        self._closer = threading.get_ident()
         self.closed = True
-        self._closing.set()
+        self.ledger.end()
+        with contextlib.suppress(RuntimeError):  # two threads may close it at once
+            self._closing.release()
         guard = self._guard
         if guard is not None:
             guard.fire("closed")
-        if not self._closed_elsewhere:
+        if self._closer == self._reader and self._has_begun:
             self.leave()
 
     def leave(self) -> None:
@@ -5487,7 +5514,7 @@ class _Loop:
 
     @property
     def _is_closed_by_reader(self) -> bool:
-        return self.closed and not self._closed_elsewhere
+        return self.closed and self._closer in (None, threading.get_ident())
 
     def _begin(self, facts: dict[str, Any], request: _Request) -> None:
         now = _now()
@@ -5681,6 +5708,7 @@ class _Chat(_Loop):
 
     def _exchange(self, request: _Request) -> Iterator[list[Piece]]:
         """One request, and the pieces that its response brings."""
+        request = self._request = self.prompt.with_key(request)
         self.recovery.spent += 1
         self.answer.expected = _choice_count(self.prompt.body)
         exchange = self._new_exchange(request)
@@ -6341,7 +6369,8 @@ def stream_chat(
     body = _snapshot({**known.body(messages, model, params), **(extra_body or {})})
     if resume == "reattach" and known.cursor_key:
         body.setdefault("background", True)
-    prompt = _Prompt(known, known.url(url, model), body, more, key, resume, model)
+    address = known.url(url, model)
+    prompt = _Prompt(known, address, body, more, key, resume, model, session)
     recovery = _Recovery(prompt, retry or Retry(attempts=1))
     observers = _known_observers(observe)
     opener = _opener(session)
@@ -6641,7 +6670,7 @@ def stream_events(
         sent["Content-Type"] = "application/json"
     _merge_headers(sent, _checked_headers(headers))
     address = _checked_url("url", url)
-    secrets = _secrets_in(address, sent)
+    secrets = _secrets_in(address, {**_session_headers(session), **sent})
     request = _Request(method, address, dict(sent), data, "start", secrets)
     feed = _Feed(
         request,

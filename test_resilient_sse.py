@@ -7669,6 +7669,28 @@ def test_endless_chunk_headers_and_trailers_raise(start):
         read_all(body)
 
 
+@pytest.mark.parametrize(
+    "reads",
+    [
+        [b"14\r\nabcde", b"5\r\nhello\r\n", b"fghij\r\n"],
+        [b"5\r\nabcde\r\n1", b"4\r\nabcd\r\n", b"x" * 14 + b"\r\n"],
+        [b"5\r\nabcde", b"\r\n", b"5\r\nhello\r\n"],
+    ],
+    ids=["within a chunk", "within a header", "behind a chunk"],
+)
+def test_a_read_that_looks_like_one_chunk_is_taken_for_one_only_where_one_begins(reads):
+    slow = rs._ChunkedBody(NetSource([b"".join(reads), b"0\r\n\r\n"]))
+    body = rs._ChunkedBody(NetSource([*reads, b"0\r\n\r\n"]))
+    assert read_all(body) == read_all(slow) != b""
+
+
+@pytest.mark.parametrize("end", [b"ab", b"\ra", b"b\n"])
+def test_a_read_of_one_chunk_without_its_line_end_is_garbled(end):
+    body = rs._ChunkedBody(NetSource([b"5\r\nHello" + end, b"0\r\n\r\n"]))
+    with pytest.raises(rs._CutBody, match="garbled"):
+        read_all(body)
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     blocks=st.lists(
@@ -8648,6 +8670,22 @@ def test_close_before_the_start_sends_nothing_and_after_the_end_changes_nothing(
         assert server.connections == 1
 
 
+def test_a_stream_closed_before_its_start_ends_for_its_closer_alone():
+    with FlakyServer() as server:
+        stream = net_chat(server)
+        stream.close()
+        stream.close()
+        seconds = stream.stats.seconds
+        assert list(stream) == []
+        assert stream.stats.seconds == seconds
+        stream = net_chat(server)
+        stream.close()
+        thread, outcome = net_reader(stream)
+        thread.join()
+        assert isinstance(outcome[0], rs.StreamAbortedError)
+        assert server.requests == []
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
 @pytest.mark.parametrize(
     "fault", ["stall-event:5", "headers-stall", "status:503:retry-after=20"]
@@ -9046,6 +9084,38 @@ NET_LEAKS = {
         {"headers": {"Authorization": " Bearer " + NET_KEY}},
     ),
 }
+
+
+def net_session(**settings):
+    session = requests.Session()
+    for name, value in settings.items():
+        setattr(session, name, value)
+    return session
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"headers": {"Authorization": "Bearer " + NET_KEY}},
+        {"headers": {"X-Api-Key": NET_KEY.encode(), "Accept": None}},
+        {"auth": ("user", NET_KEY)},
+        {"auth": requests.auth.HTTPBasicAuth("user", NET_KEY)},
+        {"params": {"key": NET_KEY}},
+    ],
+    ids=["header", "bytes", "auth", "auth object", "query"],
+)
+def test_a_secret_of_the_callers_session_is_shown_nowhere(settings):
+    calls = (
+        lambda **more: net_chat(server, **more),
+        lambda **more: rs.stream_events(server.url + "/events", **more),
+    )
+    for call in calls:
+        with FlakyServer(script=[echoing(401)]) as server:
+            stream = call(session=net_session(**settings), retry=None)
+            with pytest.raises(rs.APIError) as caught:
+                list(stream)
+        assert "bad key ***" in str(caught.value)
+        assert NET_KEY not in "".join(all_about(caught.value))
 
 
 def all_about(error):
@@ -10887,7 +10957,7 @@ def test_close_from_within_an_observer_ends_the_loop(hook: str) -> None:
 def test_a_loop_over_an_unnamed_stream_closes_however_it_is_left(how: str) -> None:
     with FlakyServer("abcdefgh", ["stall-event:3"] * 2) as server:
         url = server.url + "/v1"
-        try:
+        with contextlib.suppress(LookupError):
             for _ in streams_ask(base_url=url):
                 if how == "break":
                     break
@@ -10898,8 +10968,6 @@ def test_a_loop_over_an_unnamed_stream_closes_however_it_is_left(how: str) -> No
                     next(stream)
                     del stream
                     break
-        except LookupError:
-            pass
         gc.collect()
         streams_until(lambda: server.open_connections == 0)
 
@@ -11256,6 +11324,21 @@ def test_a_function_as_key_is_called_for_each_request() -> None:
         assert "".join(stream) == "abcdefgh"
     sent = [request.headers["Authorization"] for request in wire.requests]
     assert sent == ["Bearer key-1", "Bearer key-2", "Bearer key-3"]
+
+
+def test_a_key_is_asked_for_after_the_wait_so_that_it_is_fresh(
+    streams_waits: list[float],
+) -> None:
+    asked_after: list[int] = []
+
+    def key() -> str:
+        asked_after.append(len(streams_waits))
+        return "key"
+
+    retry = rs.Retry(attempts=3)
+    with streams_wire("abcdefgh", [("status", 503, {}, "{}")] * 2):
+        list(streams_ask(api_key=key, retry=retry))
+    assert asked_after == [0, 1, 2]
 
 
 def test_a_function_that_gives_no_key_is_a_clear_error() -> None:
