@@ -9106,7 +9106,7 @@ def net_session(**settings):
 )
 def test_a_secret_of_the_callers_session_is_shown_nowhere(settings):
     calls = (
-        lambda **more: net_chat(server, **more),
+        lambda **more: net_chat(server, api_key=None, **more),
         lambda **more: rs.stream_events(server.url + "/events", **more),
     )
     for call in calls:
