@@ -146,7 +146,7 @@ logger.addHandler(logging.NullHandler())
 #     APIError                   the provider said no: HTTP status or error event
 #     MalformedStreamError       not an event stream, or too much malformed data
 #     StreamLimitError           a limit of Limits was reached
-#     StreamAbortedError         close() from another thread
+#     StreamAbortedError         closed from another thread, or left before its end
 
 
 def _revive(
@@ -231,7 +231,11 @@ class StreamLimitError(StreamingError):
 
 
 class StreamAbortedError(StreamingError):
-    """The stream was closed by another thread than the one that reads it."""
+    """The stream was closed before its end: by another thread, or left by its caller.
+
+    A loop that its own thread has closed just ends; of that, only observers and
+    :meth:`ChatStream.complete` get this error.
+    """
 
 
 # ---------------------------------------------------------------------------
@@ -324,10 +328,17 @@ class RequestRecord(NamedTuple):
 class StreamStats(NamedTuple):
     """Counts of one call over all its requests.
 
-    ``bytes`` are those of the bodies (decompressed), ``events`` the dispatched
-    events, ``deltas`` the non-empty pieces received, ``malformed`` the data that was
-    ignored, ``cut_tool_calls`` the calls that were not received whole, and
-    ``text_dropped`` the characters that ``Limits.text`` did not keep.
+    :param malformed: pieces of malformed data that were ignored.
+    :param bytes: of the bodies, decompressed.
+    :param events: dispatched events.
+    :param deltas: pieces received that were not empty.
+    :param requests: requests made, the first included.
+    :param retries: requests beyond the first.
+    :param first_token_seconds: from the start of the call to its first delta; None
+        before that.
+    :param seconds: so far, or of the whole call once it is over.
+    :param cut_tool_calls: tool calls that were not received whole.
+    :param text_dropped: characters that ``Limits.text`` did not keep.
     """
 
     malformed: int = 0
@@ -587,12 +598,16 @@ class Retry(_Options):
     :param attempts: requests of one call, the first and those that resume included:
         each may be billed.  6 ride out a minute of trouble.  For event streams, and
         for reattaching, only requests in a row without a new event count.
-    :param wait_initial: upper bound of the first wait; it doubles with every further
-        one.  The wait is drawn evenly between 0 and the bound ("full jitter"), so
-        that many clients do not come back at once.
-    :param wait_max: upper bound of every drawn wait.
-    :param retry_after_max: the longest wait that a server may ask for; beyond it the
-        error is raised at once and says how long the server wanted.
+    :param wait_initial: upper bound of the first wait in seconds; it doubles with
+        every further one.  1 s, since most failures are brief.  The wait is drawn
+        evenly between 0 and the bound ("full jitter"), so that many clients do not
+        come back at once.
+    :param wait_max: upper bound of every drawn wait in seconds.  30 s.
+    :param retry_after_max: the longest wait in seconds that a server may ask for;
+        beyond it the error is raised at once and says how long the server wanted.
+        60 s: a script should hear of a longer wait rather than sit through it.
+    :raises TypeError: a value is no number.
+    :raises ValueError: a value is out of range.
     """
 
     attempts: int
@@ -624,11 +639,15 @@ class Limits(_Options):
     """What a stream may cost in memory; None for no limit.
 
     :param line: bytes of one line of the stream.  16 MiB: base64 images fit.
-    :param event: bytes of one event (its comments included).
+    :param event: bytes of one event (its comments included).  16 MiB, as ``line``.
     :param text: characters of text that are kept, for each of the visible text, the
-        reasoning and other choices.  Past it deltas still flow, but resuming is off,
-        ``stats.text_dropped`` counts and :func:`complete_chat` raises.
+        reasoning and other choices.  16 Mi, some thousand pages.  Past it deltas still
+        flow, but resuming is off, ``stats.text_dropped`` counts and
+        :func:`complete_chat` raises.
     :param malformed: pieces of malformed data that are ignored before it is an error.
+        10: a stray line is harmless, a stream of them is not; 0 allows none.
+    :raises TypeError: a value is no whole number.
+    :raises ValueError: a value is out of range.
     """
 
     line: int | None
@@ -807,20 +826,20 @@ class SSEDecoder:
         if not cut:
             self._keep(chunk)
             return b""
-        region = bytes(self._pending) + chunk[:cut]
-        rest = chunk[cut:]
-        self._pending = rest
-        self._line = len(rest) - rest.rfind(b"\n") - 1
-        if len(region) + len(rest) > self._harmless:
-            region = self._bounded(region)
-            self._pending = b""
-            self._line = 0
-            self._keep(rest)
+        region, rest = bytes(self._pending) + chunk[:cut], chunk[cut:]
+        if len(region) + len(rest) <= self._harmless:
+            self._pending = rest
+            self._line = len(rest) - rest.rfind(b"\n") - 1
+            return region
+        self._pending, self._line = b"", 0
+        region = self._bounded(region)
+        self._keep(rest)
         return region
 
     def _keep(self, chunk: bytes) -> None:
+        """Keep bytes of an unfinished block; note a limit that they pass."""
         if self._excess:
-            return
+            return  # feed() is going to raise: nothing more need be kept
         if not isinstance(self._pending, bytearray):
             self._pending = bytearray(self._pending)
         self._pending += chunk
@@ -881,12 +900,12 @@ class SSEDecoder:
         if not any(ids):
             return itertools.repeat(self.last_event_id)
         if None in ids:
-            return [self._noted_id(id) for id in ids]
+            return [self._take_id(id) for id in ids]
         decoded = _decoded_lines(ids)
         self.last_event_id = decoded[-1]
         return decoded
 
-    def _noted_id(self, id: bytes | None) -> str:
+    def _take_id(self, id: bytes | None) -> str:
         if id is not None:
             self.last_event_id = _decoded(id)
         return self.last_event_id
@@ -1001,7 +1020,6 @@ class _OpenCall:
         self.arguments = TextBuffer(limit)
         self.closed = False
         self.is_json = True
-        self.extra: dict[str, Any] = {}
 
     def whole(self) -> ToolCall | None:
         """The call, if it was closed and its arguments are what they should be."""
@@ -1155,14 +1173,11 @@ class Answer(_Kept):
         self.new_request()
         self._held, self.resumed_at = held, self.cursor
 
-    def again(self, sees_deltas: bool) -> Answer:
-        """The answer to the same request again, to be compared with this one.
-
-        :param sees_deltas: whether more than the visible text was handed out.
-        """
+    def again(self) -> Answer:
+        """The answer to the same request again, to be compared with this one."""
         answer = Answer(self.limits, self.received)
-        answer._side = self._side if sees_deltas else {}
-        answer.seam = ReplaySeam(self.received.text, answer.sides())
+        answer._side = self._side
+        answer.seam = ReplaySeam(self.received.text, self.sides())
         return answer
 
     # -- what a dialect calls
@@ -1192,7 +1207,9 @@ class Answer(_Kept):
         if call.arguments.dropped:
             self._fail_on_limit("the arguments of a tool call")
         data = {"index": call.number, "id": call.id, "name": call.name}
-        self._count("tool_call", bool(arguments))
+        self.last_kind = "tool_call"
+        if arguments:
+            self._move()
         self.out.append(Delta("tool_call", arguments, call.choice, data))
 
     def finish(self, reason: str, raw: Any, index: Any = 0) -> None:
@@ -1295,6 +1312,10 @@ class Answer(_Kept):
         self.close_calls()
         self._release_held()
 
+    def forget_sides(self) -> None:
+        """Drop all but the visible text: nobody was shown it."""
+        self._side.clear()
+
     def forget_calls(self) -> None:
         """Drop the tool calls; a continuation makes them anew."""
         self._calls.clear()
@@ -1305,11 +1326,10 @@ class Answer(_Kept):
     def _choices(self) -> list[int]:
         return [index for _, index in self._side] + list(self.finishes)
 
-    def _count(self, kind: str, moved: bool) -> None:
-        self.last_kind = kind
-        if moved:
-            self.progress += 1
-            self.started = True
+    def _move(self) -> None:
+        """Note that the answer has grown."""
+        self.progress += 1
+        self.started = True
 
     def add(self, kind: str, text: Any, index: Any) -> None:
         """Add a piece of any kind."""
@@ -1317,7 +1337,8 @@ class Answer(_Kept):
             self.odd(text or None)
             return
         index = _index(index)
-        self._count(kind, True)
+        self.last_kind = kind
+        self._move()
         text = self._encodable((kind, index), text)
         if kind == "text" and index == 0:
             self._emit(self.seam.feed(text) if self.seam else text)
@@ -1385,7 +1406,6 @@ class Seam:
     def __init__(self, text: str) -> None:
         self.before = text
         self.position = 0
-        self.mismatch = ""
 
     def feed(self, text: str) -> str:
         """Take text of the new request; return what is new in it."""
@@ -2008,20 +2028,19 @@ class OpenAI(Dialect):
         return body
 
     def read(self, chunk: dict[str, Any], answer: Answer, event: str) -> None:
+        self._read_choices(chunk, "delta", answer)
+
+    def read_whole(self, document: dict[str, Any], answer: Answer) -> None:
+        self._read_choices(document, "message", answer)
+
+    def _read_choices(self, chunk: dict[str, Any], key: str, answer: Answer) -> None:
+        """Read a chunk, or a whole answer: they differ in where a choice's words are."""
         answer.identify(chunk.get("id"), chunk.get("model"))
         for choice in _dicts(chunk.get("choices"), answer):
-            self._read_choice(choice, choice.get("delta"), answer)
+            self._read_choice(choice, choice.get(key), answer)
         self._read_usage(chunk, answer)
         if chunk.get("object") == "error":  # vLLM before 0.6
             answer.fail(self.error(chunk))
-
-    def read_whole(self, document: dict[str, Any], answer: Answer) -> None:
-        answer.identify(document.get("id"), document.get("model"))
-        for choice in _dicts(document.get("choices"), answer):
-            self._read_choice(choice, choice.get("message"), answer)
-        self._read_usage(document, answer)
-        if document.get("object") == "error":
-            answer.fail(self.error(document))
 
     def _read_choice(self, choice: dict[str, Any], delta: Any, answer: Answer) -> None:
         index = choice.get("index")
@@ -2806,9 +2825,9 @@ class Gemini(Dialect):
             self._read_usage(usage, answer)
 
     def _read_usage(self, usage: dict[str, Any], answer: Answer) -> None:
-        counts = [_count(usage.get(k)) for k in ("candidatesTokenCount",)]
-        thoughts = _count(usage.get("thoughtsTokenCount"))
-        known = [c for c in [*counts, thoughts] if c is not None]
+        names = ("candidatesTokenCount", "thoughtsTokenCount")
+        counts = [_count(usage.get(name)) for name in names]
+        known = [count for count in counts if count is not None]
         output = sum(known) if known else None
         answer.count(usage.get("promptTokenCount"), output, usage)
 
@@ -3272,7 +3291,7 @@ DIALECTS: dict[str, Dialect] = {
 
 
 class _LineDecoder:
-    """JSON lines, with the interface of :class:`SSEDecoder` that the intake uses."""
+    """JSON lines, with the interface of :class:`_EventDecoder`."""
 
     terminator = b"\n"
 
@@ -3399,6 +3418,7 @@ class _Shape:
         """The same for a region that is one event, as a live stream brings them.
 
         :returns: its text and number; None if it is something else.
+        :raises ValueError: the text needs more than to be unquoted.
         """
         found = self._pattern.fullmatch(region)
         if found is None:
@@ -3427,6 +3447,23 @@ def _unescaped(body: str) -> str:
     return text
 
 
+def _literals(block: str, start: int, holes: list[tuple[int, int, str]]) -> list[bytes]:
+    """What stands around the holes; their offsets count from ``start``."""
+    edges = [start + edge for left, right, _ in holes for edge in (left, right)]
+    bounds = [0, *edges, len(block)]
+    return [block[a:b].encode() for a, b in zip(bounds[::2], bounds[1::2])]
+
+
+_KEY = re.compile(r'"([^"\\]*)"\s*:\s*$')
+_BEFORE_DATA = re.compile(r"(event:[^\n]*\n)?(data: ?)?\Z")
+
+
+def _key_before(data: str, start: int) -> str | None:
+    """The key whose value begins at start; None if none does."""
+    found = _KEY.search(data, max(0, start - 80), start)
+    return found.group(1) if found else None
+
+
 class _Lesson(NamedTuple):
     """One event, taken as an example of a shape."""
 
@@ -3444,17 +3481,13 @@ class _Lesson(NamedTuple):
         if piece is None:
             return None
         holes = self._holes(str(piece))
-        if [kind for *_, kind in holes].count("text") != 1:
+        kinds = [kind for *_, kind in holes]
+        literals = _literals(block, start, holes)
+        if kinds.count("text") != 1 or not all(literals):
             return None
-        literals, end = [], 0
-        for left, right, _ in holes:
-            literals.append(block[end : start + left].encode())
-            end = start + right
-        literals.append(block[end:].encode())
-        kind = piece.kind if isinstance(piece, Delta) else "text"
-        if not all(literals):
-            return None
-        return _Shape(kind, literals, [kind for *_, kind in holes])
+        return _Shape(
+            piece.kind if isinstance(piece, Delta) else "text", literals, kinds
+        )
 
     def _pieces(self, data: str) -> list[Piece] | None:
         """The pieces that the event brings; None if it does anything else."""
@@ -3512,16 +3545,6 @@ class _Lesson(NamedTuple):
         return str(self._read(before + jsonlib.dumps(other) + after)) == other
 
 
-_KEY = re.compile(r'"([^"\\]*)"\s*:\s*$')
-_BEFORE_DATA = re.compile(r"(event:[^\n]*\n)?(data: ?)?\Z")
-
-
-def _key_before(data: str, start: int) -> str | None:
-    """The key whose value begins at start; None if none does."""
-    found = _KEY.search(data, max(0, start - 80), start)
-    return found.group(1) if found else None
-
-
 def _is_ours(kind: type) -> bool:
     """Whether its ``read`` is this module's, which hands on any words as they are."""
     return all(
@@ -3530,9 +3553,20 @@ def _is_ours(kind: type) -> bool:
     )
 
 
-_PATIENCE = 8
+_PATIENCE = 8  # events looked at in vain before it gives up
 _PORTION = 2048  # bytes of a few events
 _LARGE = 262144  # patterns remember too much of a larger region
+
+
+#: What a dialect may run into when JSON has an odd shape.
+_ODDITIES = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    TypeError,
+    ValueError,
+    RecursionError,
+)
 
 
 class _Reader:
@@ -3753,7 +3787,10 @@ class _Intake:
             region = region[len(portion) :]
 
     def _take_shaped(self, shape: _Shape, region: bytes) -> bool:
-        """Read a region by the shape; return whether it has events of that shape."""
+        """Read a region by the shape.
+
+        :returns: False if nothing was read: it must be parsed event by event.
+        """
         if len(region) > _LARGE or not self._answer.is_plain:
             return False
         try:
@@ -3762,18 +3799,18 @@ class _Intake:
                 self._take_texts(shape.kind, *one)
                 return True
             gaps, texts, numbers = shape.split(region)
-        except ValueError:
+        except ValueError:  # a text needs mending, which parsing does
             return False
         terminator = cast("_Decoder", self._decoder).terminator
         if not texts or not all(gap.endswith(terminator) for gap in gaps if gap):
             return False
         self._patience = _PATIENCE
         start = 0
-        for place, gap in enumerate(gaps):
-            if not gap and place < len(texts):
+        for end, gap in enumerate(gaps):  # so many texts stand before this gap
+            if not gap and end < len(texts):
                 continue
-            self._take_texts(shape.kind, texts[start:place], numbers[start:place])
-            start = place
+            self._take_texts(shape.kind, texts[start:end], numbers[start:end])
+            start = end
             self._take_blocks(gap)
             if self._answer.ended or self._answer.error is not None:
                 break
@@ -3824,7 +3861,7 @@ class _Intake:
             self._answer.cursor = int(numbers[-1])
         if "" in texts:
             texts = [text for text in texts if text]
-        if texts and self._answer.is_plain:
+        if texts and self._answer.is_plain:  # a gap may have made it otherwise
             self._answer.add_texts(kind, texts)
         elif texts:
             for text in texts:
@@ -3854,17 +3891,6 @@ class _Intake:
             self._reader.read(event)
         if decoder._stray:
             self._reader.read_stray(decoder)
-
-
-#: What a dialect may run into when JSON has an odd shape.
-_ODDITIES = (
-    AttributeError,
-    IndexError,
-    KeyError,
-    TypeError,
-    ValueError,
-    RecursionError,
-)
 
 
 def _excerpt(head: bytes) -> str:
@@ -4213,19 +4239,19 @@ class _WatchedConnection:
 
     def _new_conn(self) -> Any:
         sock = super()._new_conn()  # type: ignore[misc]
-        _show(sock)
+        _attach_guard(sock)
         if not self.shakes_hands:
             _announce_ready()
         return sock
 
     def putrequest(self, *args: Any, **kwargs: Any) -> Any:
         if self.sock is not None:
-            _show(self.sock)
+            _attach_guard(self.sock)
             _announce_ready()
         return super().putrequest(*args, **kwargs)  # type: ignore[misc]
 
 
-def _show(sock: Any) -> None:
+def _attach_guard(sock: Any) -> None:
     guard: _Guard | None = getattr(_sending, "guard", None)
     if guard is not None:
         guard.attach(sock.fileno())
@@ -4365,7 +4391,8 @@ class _ChunkedBody:
             return b""
         data = self._receive(_READ)
         if self._is_ending:
-            self._end(self._rest + data, at_end=not data)
+            self._end(self._rest + data)
+            self.is_clean = self.is_clean or not data  # the content was whole
             return b""
         if not data:
             raise _CutBody("the last chunk is missing")
@@ -4427,12 +4454,10 @@ class _ChunkedBody:
         else:
             self._fault = "a chunk header is garbled"
 
-    def _end(self, trailer: bytes, at_end: bool = False) -> None:
+    def _end(self, trailer: bytes) -> None:
         """Take the trailer section, so that the connection can be used again."""
         self._is_ending, self._rest = True, trailer
-        self.is_clean = at_end or (
-            trailer.startswith(b"\r\n") or b"\r\n\r\n" in trailer
-        )
+        self.is_clean = trailer.startswith(b"\r\n") or b"\r\n\r\n" in trailer
         if not self.is_clean and len(trailer) > _READ:
             self._fault = "the trailer section has no end"
 
@@ -4612,6 +4637,9 @@ def _header_text(value: Any) -> str:
     return value.decode("latin-1") if isinstance(value, bytes) else str(value)
 
 
+_END_WAIT = 5.0  # seconds for what follows a finish reason
+
+
 class _Deadlines:
     """When what has taken too long; time that the caller takes does not count.
 
@@ -4624,6 +4652,7 @@ class _Deadlines:
         self._idle = _or_never(timeouts.idle)
         self._end = started + _or_never(timeouts.total)
         self._sent = self._moved = started
+        #: Deltas have come, or none is waited for (a feed without first_token).
         self.has_begun = False
         self.has_finished = False
 
@@ -4654,7 +4683,7 @@ class _Deadlines:
     def headers(self) -> tuple[float, str]:
         """The end of waiting for the headers."""
         first = self._timeouts.first_token
-        if self.has_begun:  # a feed, of which no event is awaited, but a sign of life
+        if self.has_begun:  # such a feed: no event is due, but some byte is
             limit = (self._sent + _or_never(self._timeouts.read), "read")
         elif first is None:
             limit = (self._sent + _or_never(self._timeouts.idle), "idle")
@@ -4668,7 +4697,7 @@ class _Deadlines:
             return self.headers()
         due, kind = now + self._silence, "read"
         if self.has_finished:
-            due, kind = self._moved + min(self._silence, 5.0), "end"
+            due, kind = self._moved + min(self._silence, _END_WAIT), "end"
         elif self._moved + self._idle < due:
             due, kind = self._moved + self._idle, "idle"
         return (due, kind) if due < self._end else (self._end, "total")
@@ -4680,7 +4709,7 @@ class _Deadlines:
 
     def seconds(self, kind: str) -> float:
         """How long the limit of that name is."""
-        return _or_never(getattr(self._timeouts, kind, 5.0))
+        return _or_never(getattr(self._timeouts, kind, _END_WAIT))
 
     def left(self, now: float) -> float:
         """Seconds that are left of the whole call."""
@@ -4727,12 +4756,15 @@ class _Failures:
         self._response: requests.Response | None = None
 
     def _check_verdict(self) -> None:
-        verdict = self._guard.verdict
-        if verdict == "closed":
-            message = "the stream was closed by another thread"
-            raise StreamAbortedError(message, phase=self._phase())
-        if verdict:
-            raise self._timeout(verdict)
+        if self._guard.verdict:
+            raise self._judged(self._guard.verdict)
+
+    def _judged(self, verdict: str) -> StreamingError:
+        """The error that the guard's verdict stands for."""
+        if verdict != "closed":
+            return self._timeout(verdict)
+        message = "the stream was closed by another thread"
+        return StreamAbortedError(message, phase=self._phase())
 
     def _phase(self, error: BaseException | None = None) -> str:
         """Where it stands before the response; behind that, the loop knows more."""
@@ -4756,17 +4788,14 @@ class _Failures:
         retryable = kind != "total"
         return StreamTimeoutError(message, kind=kind, phase=phase, retryable=retryable)
 
-    def _translated(self, error: BaseException, phase: str) -> StreamingError:
+    def _translated(self, error: BaseException, step: str) -> StreamingError:
         if self._guard.verdict:
-            try:
-                self._check_verdict()
-            except StreamingError as verdict:
-                return verdict
+            return self._judged(self._guard.verdict)
         if self._is_timeout(error):
-            return self._timeout(self._kind_of_timeout(error, phase))
-        phase = self._phase(error) or "stream"
+            return self._timeout(self._kind_of_timeout(error, step))
+        phase = self._phase(error)
         return StreamConnectionError(
-            _DROPS[phase].format(_reason(error)),
+            _DROPS[phase or "stream"].format(_reason(error)),
             phase=phase,
             retryable=not _is_certificate_error(error),
         )
@@ -4924,10 +4953,11 @@ class _Exchange(_Failures):
                 cause = _stripped(error, self._request.secrets)
                 raise self._translated(error, "stream") from cause
             finally:
-                self._guard.due = _NEVER
+                self._guard.rest()
             if data or body.is_clean:
                 break
-            now = _now()  # it was framing, which counts for `read`
+            now = _now()  # framing alone is a sign of life: the read limit begins anew
+        # A socket that the watchdog has shut down can look like a clean end.
         if not data and self._guard.verdict:
             self._check_verdict()
         self.bytes += len(data)
@@ -5133,8 +5163,6 @@ class _Prompt(NamedTuple):
         if action == "reattach":
             url = self.dialect.reattach_url(self.url, answer)
             return self._get(str(url), action), None
-        if action == "replay":
-            return self._post(self.url, self.body, action), None
         if action not in ("continue", "ask"):
             return self._post(self.url, self.body, action), None
         sent = text.rstrip() if self.dialect.strips_prefix else text
@@ -5309,7 +5337,8 @@ class _Recovery:
         self.spent = 0  # requests that count against Retry.attempts
         self.failures = 0  # in a row, without progress
         self.is_stuck = False  # no action would be right, however many are allowed
-        self.lacking = False  # there is no time left to wait for another request
+        self.lacks_time = False  # to wait for another request
+        # What cut the answer: raised if its resumption is refused.
         self._drop: StreamingError | None = None
 
     def decide(
@@ -5319,12 +5348,7 @@ class _Recovery:
         now = self._situation(answer)
         if action == "reattach" and error.phase == "request":
             now = now._replace(reattaching=True)
-        went_on = action == "reattach" and answer.resumed_at is None
-        if answer.started or went_on:
-            self.failures = 0
-        if went_on:
-            self.spent = 1
-        self.failures += 1
+        self._count_failure(action, answer)
         if self._is_refusal(error, action, answer) and self._drop is not None:
             self.is_stuck = True
             return self._after_refusal(now), self._drop
@@ -5336,6 +5360,15 @@ class _Recovery:
         if choice != "raise" and self.spent >= self.retry.attempts:
             choice = "raise"
         return choice, error
+
+    def _count_failure(self, action: str, answer: Answer) -> None:
+        """Count failures in a row: what has brought something ends the row."""
+        went_on = action == "reattach" and answer.resumed_at is None
+        if went_on:
+            self.spent = 1
+        if went_on or answer.started:
+            self.failures = 0
+        self.failures += 1
 
     def _is_refusal(self, error: StreamingError, action: str, answer: Answer) -> bool:
         fatal = isinstance(error, APIError) and not error.retryable
@@ -5383,7 +5416,7 @@ class _Recovery:
         asked = getattr(error, "retry_after", None)
         if asked is None:
             wait = draw_wait(self.retry, self.failures, random.random())
-            self.lacking = wait >= left
+            self.lacks_time = wait >= left
         else:
             wait = asked if asked <= self.retry.retry_after_max else _NEVER
         return wait if wait < left else _NEVER
@@ -5432,8 +5465,8 @@ class _Loop:
         # thread waits, and would find the inner lock of an Event taken.
         self._closing = threading.Lock()
         self._closing.acquire()
-        self._closer: int | None = None  # the thread that called close()
-        self._reader = threading.get_ident()
+        self._closing_thread: int | None = None  # the thread that called close()
+        self._reading_thread = threading.get_ident()
         self._has_begun = False
         self._is_over = False
         self._source = self._batches()
@@ -5448,7 +5481,7 @@ class _Loop:
         """Tell the observers of an item that is handed out."""
         raise NotImplementedError
 
-    def _show(self, batch: list[Any], position: Iterator[Any]) -> None:
+    def _note_batch(self, batch: list[Any], position: Iterator[Any]) -> None:
         """A batch begins to be handed out."""
 
     def _complete_error(self, error: StreamingError) -> None:
@@ -5458,13 +5491,13 @@ class _Loop:
 
     def pull(self) -> bool:
         """Make the next batch the present one; False at the end."""
-        self._reader = threading.get_ident()
+        self._reading_thread = threading.get_ident()
         self.raise_again()
         batch = next(self._source, None)
         if batch is None:
             return False
         position = iter(batch)
-        self._show(batch, position)
+        self._note_batch(batch, position)
         watched = self._item_hook in self.reporter.wanted
         self.items = self._told(batch, position) if watched else position
         return True
@@ -5485,7 +5518,7 @@ class _Loop:
         """End the stream, from any thread."""
         if self.closed or self._is_over:
             return
-        self._closer = threading.get_ident()
+        self._closing_thread = threading.get_ident()
         self.closed = True
         self.ledger.end()
         with contextlib.suppress(RuntimeError):  # two threads may close it at once
@@ -5493,7 +5526,7 @@ class _Loop:
         guard = self._guard
         if guard is not None:
             guard.fire("closed")
-        if self._closer == self._reader and self._has_begun:
+        if self._closing_thread == self._reading_thread and self._has_begun:
             self.leave()
 
     def leave(self) -> None:
@@ -5514,7 +5547,7 @@ class _Loop:
 
     @property
     def _is_closed_by_reader(self) -> bool:
-        return self.closed and self._closer in (None, threading.get_ident())
+        return self.closed and self._closing_thread in (None, threading.get_ident())
 
     def _begin(self, facts: dict[str, Any], request: _Request) -> None:
         now = _now()
@@ -5565,7 +5598,7 @@ class _Loop:
             self._tell_item(item)
             yield next(position)
 
-    def _record(self, error: StreamingError) -> str:
+    def _record(self, error: StreamingError) -> None:
         """Note what ended a request; raise if the stream was closed."""
         request = cast(_Request, self._request)
         message = self._redact(error)
@@ -5573,7 +5606,6 @@ class _Loop:
         if isinstance(error, StreamAbortedError):
             self._fail(error)
         self.check_closed()
-        return message
 
     def _redact(self, error: StreamingError) -> str:
         """Take out the secrets that a server has echoed; return the message."""
@@ -5790,7 +5822,7 @@ class _Chat(_Loop):
         if self.prompt.dialect.finish_is_final:
             self._deadlines.expect_end(now)
 
-    def _show(self, batch: list[Piece], position: Iterator[Piece]) -> None:
+    def _note_batch(self, batch: list[Piece], position: Iterator[Piece]) -> None:
         received = self.answer.received
         self._view = (received.kept + received.dropped, position, batch)
 
@@ -5843,7 +5875,9 @@ class _Chat(_Loop):
         old = self.answer
         self.ledger.forget(old)
         if action == "replay":
-            self.answer = old.again(self.recovery.sees_deltas)
+            if not self.recovery.sees_deltas:
+                old.forget_sides()
+            self.answer = old.again()
         else:
             self.answer = Answer(self.limits)
             self._view = (0, iter(()), [])
@@ -5869,7 +5903,7 @@ def _advice(chat: _Chat, error: StreamingError) -> str:
     asked = getattr(error, "retry_after", None)
     if asked is not None and error.retryable:
         return f"; the server asks to wait {asked:.0f} s"
-    if chat.recovery.lacking:
+    if chat.recovery.lacks_time:
         return "; Timeouts(total=...) leaves no time to wait for another request"
     if getattr(error, "status", None) in (401, 403) and chat.prompt.key is None:
         return (
@@ -6022,6 +6056,12 @@ class ChatStream:
 
         :param raw: the body, whole or in pieces, or the path of a file that holds it.
         :param dialect: the dialect that it is in.
+        :param limits: see :class:`Limits`.
+        :param observe: an :class:`Observer`, or several.
+        :returns: a stream that makes no request and never resumes.
+        :raises TypeError: ``raw`` is a str.
+        :raises ValueError: the dialect is unknown.
+        :raises OSError: the file cannot be read (now, not in the loop).
         :raises StreamingError: (from the loop) the bytes are not a complete answer.
         """
         if isinstance(raw, str):
@@ -6109,7 +6149,7 @@ _OTHER_NAMES = {
     "limit": "limits=Limits(...)",
     "provider": "dialect=",
     "prompt": "the first argument, messages",
-    "journal": "nothing yet: it is planned for a later version",
+    "journal": "nothing: this version keeps no journal",
 }
 
 
@@ -6254,7 +6294,7 @@ def _environment(names: Iterable[str]) -> str | None:
 
 
 def _address(
-    dialect: Dialect, base_url: str | None, api_key: Any, has_auth: bool
+    dialect: Dialect, base_url: str | None, api_key: Any, headers: Mapping[str, Any]
 ) -> tuple[str, Any]:
     """The base URL and the key, from the arguments or the environment.
 
@@ -6273,18 +6313,19 @@ def _address(
     trusted = own or found is not None
     if api_key is not None and not callable(api_key):
         api_key = _checked_key(api_key)
-    if api_key is None and trusted and not has_auth:
-        api_key = _environment(dialect.key_names)
+    if api_key is not None or _has_auth(dialect, headers):
+        return url, api_key
+    key = _environment(dialect.key_names) if trusted else None
     own_is_remote = (dialect.base_url or "").startswith("https:")
     needed = dialect.needs_key or (trusted and own_is_remote and url[:6] == "https:")
-    if api_key is None and needed and dialect.key_names and not has_auth:
+    if key is None and needed and dialect.key_names:
         raise ValueError(
             "no key: pass api_key=..., or set {}{}".format(
                 " or ".join(dialect.key_names),
                 "" if trusted else " together with " + dialect.base_url_names[0],
             )
         )
-    return url, api_key
+    return url, key
 
 
 def _has_auth(dialect: Dialect, headers: Mapping[str, Any]) -> bool:
@@ -6365,7 +6406,7 @@ def stream_chat(
         raise ValueError(f"resume={resume!r}: use {_MODES}, or a function")
     known = _known_dialect(dialect)
     more = _checked_headers(headers)
-    url, key = _address(known, base_url, api_key, _has_auth(known, more))
+    url, key = _address(known, base_url, api_key, more)
     body = _snapshot({**known.body(messages, model, params), **(extra_body or {})})
     if resume == "reattach" and known.cursor_key:
         body.setdefault("background", True)
@@ -6385,6 +6426,8 @@ def complete_chat(
     Takes the arguments of :func:`stream_chat`.  Since nobody saw a first part, a
     dropped answer may start over where nothing better is exact.
 
+    :raises TypeError: as :func:`stream_chat` does.
+    :raises ValueError: as :func:`stream_chat` does.
     :raises StreamLimitError: the text is longer than ``Limits.text`` keeps.
     :raises StreamingError: the answer could not be completed.
     """
@@ -6441,7 +6484,7 @@ class _Feed(_Loop):
             return self.last_event_id
         return batch[-rest - 1].id if rest < len(batch) else before
 
-    def _show(
+    def _note_batch(
         self, batch: list[ServerSentEvent], position: Iterator[ServerSentEvent]
     ) -> None:
         before, _, last = self._view
@@ -6540,7 +6583,7 @@ class _Feed(_Loop):
         if retry is None or not error.retryable or self._barren >= retry.attempts:
             self._fail(error)
         wait = self._wait_for(error, retry)
-        if not wait < min(self._deadlines.left(_now()), _NEVER):
+        if wait >= self._deadlines.left(_now()):
             self._unfit = self._asked_wait(error) or wait
             self._fail(error)
         self._request = self._request._replace(action="retry")
@@ -6560,10 +6603,12 @@ class _Feed(_Loop):
 
     def _wait_for(self, error: StreamingError, retry: Retry) -> float:
         asked = self._asked_wait(error)
-        if asked is None or (self._failures > 1 and asked <= retry.retry_after_max):
-            drawn = draw_wait(retry, self._failures, random.random())
-            return max(drawn, asked or 0.0)
-        return asked if asked <= retry.retry_after_max else _NEVER
+        if asked is not None and asked > retry.retry_after_max:
+            return _NEVER
+        if asked is not None and self._failures == 1:
+            return asked
+        drawn = draw_wait(retry, self._failures, random.random())
+        return max(drawn, asked or 0.0)
 
 
 class EventStream:
@@ -6635,12 +6680,13 @@ def stream_events(
     """Read any SSE endpoint, and reconnect when the connection is lost.
 
     It goes on where it was by ``Last-Event-ID``, after the server's reconnection
-    time.  It stops on status 204, and on a clean end of a POST.  It never reconnects
+    time.  It stops on status 204, and on a clean end of a POST or where ``retry`` is
+    None.  It never reconnects
     after :meth:`EventStream.close`, a status that no wait mends, or a wrong content
     type.
 
     :param url: the endpoint.
-    :param method: ``GET`` or ``POST``.
+    :param method: ``GET`` (default, as EventSource does) or ``POST``.
     :param json: the body of a POST, as an object.
     :param headers: more headers, such as ``Authorization``.
     :param timeouts: a quiet feed is healthy, so there is no ``first_token`` and no
@@ -6648,10 +6694,13 @@ def stream_events(
     :param retry: ``attempts`` bounds the requests in a row that bring no event; None
         never reconnects.
     :param limits: ``line`` and ``event`` bound what is held.
-    :param last_event_id: where to go on.
+    :param last_event_id: sent as ``Last-Event-ID`` with the first request; "" (default)
+        begins with what comes.
     :param observe: an :class:`Observer`, or several.
     :param session: a :class:`requests.Session` to send with.
     :returns: an :class:`EventStream`; nothing is sent before the first ``next()``.
+    :raises TypeError: an argument has the wrong type.
+    :raises ValueError: an argument has no usable value, or a GET has a body.
     :raises StreamingError: (from the loop) the stream is lost for good.
     """
     _check_type("timeouts", timeouts, Timeouts)
@@ -7267,6 +7316,7 @@ _PRIVATE_HEADER = re.compile(
     r"|organization|project",
     re.IGNORECASE,
 )
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 _KEY_LIKE = re.compile(
     r"\b(?:bearer\s+|sk-|xox[a-z]-|AIza|hf_|gsk_)[^\s\"',;]{6,}", re.IGNORECASE
 )
@@ -7382,7 +7432,7 @@ class StreamTrace(Observer):
             return self._log.sums.plain()
 
     def report(self) -> str:
-        """Summary, timeline and chunk analysis as text of at most 1100 entries."""
+        """Summary, timeline (its first and last entries) and chunk analysis, as text."""
         with self._lock:
             facts = self._log.sums.plain()
             entries = self._log.timeline.entries()
@@ -7796,7 +7846,6 @@ def _bars(waits: _LogHistogram) -> list[str]:
 # Refuses to swallow anything: an error and an interrupt go on to the cell.
 
 _UPDATE_SECONDS = 0.05
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
 class _TextOut:
@@ -8020,6 +8069,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+_RESUME_MODES = ("auto", "reattach", "continue", "ask", "replay", "never")
+_TIMEOUT_HELP = "seconds, or none"
+_TIMEOUT_NAMES = ("connect", "first_token", "read", "idle", "total")
+
+
 def _parser() -> argparse.ArgumentParser:
     import argparse
 
@@ -8061,11 +8115,6 @@ def _parser() -> argparse.ArgumentParser:
     talk.add_argument("--verbose", action="store_true", help="every fact, always")
     add("--version", action="store_true", help="version and SHA-256 of this file")
     return parser
-
-
-_RESUME_MODES = ("auto", "reattach", "continue", "ask", "replay", "never")
-_TIMEOUT_HELP = "seconds, or none"
-_TIMEOUT_NAMES = ("connect", "first_token", "read", "idle", "total")
 
 
 def _parameter(argument: str) -> tuple[str, Any]:

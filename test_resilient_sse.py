@@ -8428,6 +8428,22 @@ def net_clock(monkeypatch):
     return clock
 
 
+@pytest.mark.parametrize(
+    ("fault", "phase"),
+    [
+        ("refuse", "request"),
+        ("drop:40", "first token"),
+        ("drop-event:3", "stream"),
+        ("reset-event:3", "stream"),
+    ],
+)
+def test_the_phase_of_a_drop_says_how_far_the_answer_was(fault, phase):
+    with FlakyServer(script=[fault]) as server:
+        with pytest.raises(rs.StreamConnectionError) as caught:
+            list(net_chat(server))
+    assert caught.value.phase == phase
+
+
 def test_a_slow_caller_trips_no_timeout(net_clock):
     limits = rs.Timeouts(connect=20, first_token=20, read=20, idle=20)
     text = "a slow caller reads"
