@@ -8438,9 +8438,9 @@ def net_clock(monkeypatch):
     ],
 )
 def test_the_phase_of_a_drop_says_how_far_the_answer_was(fault, phase):
-    with FlakyServer(script=[fault]) as server:
-        with pytest.raises(rs.StreamConnectionError) as caught:
-            list(net_chat(server))
+    drop = pytest.raises(rs.StreamConnectionError)
+    with FlakyServer(script=[fault]) as server, drop as caught:
+        list(net_chat(server))
     assert caught.value.phase == phase
 
 
