@@ -47,6 +47,7 @@ Upstream: the project resilient-sse on PyPI (the licence is the last block)
 
 from __future__ import annotations
 
+import base64
 import codecs
 import contextlib
 import copy
@@ -3796,6 +3797,7 @@ class _Intake:
         try:
             one = shape.read(region)
             if one is not None:
+                self._patience = _PATIENCE
                 self._take_texts(shape.kind, *one)
                 return True
             gaps, texts, numbers = shape.split(region)
@@ -4412,9 +4414,13 @@ class _ChunkedBody:
     def _receive_first(self, size: int) -> bytes:
         """What came with the headers is in the file; all else is in the socket."""
         source = self._source
-        sock = getattr(getattr(source, "raw", None), "_sock", None)
-        self._receive = getattr(sock, "recv", source.read1)
         data: bytes = source.read1(size)
+        sock: Any = getattr(getattr(source, "raw", None), "_sock", None)
+        # The file has no more if it gave less; and others than real sockets, such as
+        # that of TLS within TLS, have their own ideas of an end.
+        if len(data) < size:
+            is_real = isinstance(sock, socket.socket)
+            self._receive = sock.recv if is_real else source.read1
         return data
 
     def _strip(self, data: bytes) -> bytes:
@@ -4616,25 +4622,37 @@ def _secrets_in(url: str, headers: Mapping[str, str]) -> tuple[str, ...]:
     pairs = [pair.partition("=") for pair in parts.query.split("&")]
     named = [*headers.items(), *((name, value) for name, _, value in pairs)]
     values = [value for name, value in named if _SECRET_NAME.search(name)]
-    values += [value.partition(" ")[2] for value in values]  # without "Bearer"
-    values += [parts.password or ""]
+    tokens = [value.partition(" ")[2] for value in values]  # without "Bearer"
+    values += [*tokens, *map(_password_in, tokens), parts.password or ""]
+    values += _cookies_in("; ".join(v for n, v in named if n.lower() == "cookie"))
     values += [unquote(value) for value in values]
     return tuple(sorted({*values} - {""}, key=len, reverse=True))
 
 
-def _session_headers(session: requests.Session | None) -> dict[str, str]:
-    """What a caller's session sends of its own accord, by name."""
-    if session is None:
-        return {}
-    auth, params = session.auth, session.params
-    secret = auth[-1] if isinstance(auth, tuple) else getattr(auth, "password", None)
-    query = params if isinstance(params, Mapping) else {}
-    named = {**query, **session.headers, "Password": secret}
-    return {str(n): _header_text(v) for n, v in named.items() if v is not None}
+def _cookies_in(header: str) -> list[str]:
+    """The values of cookies, but for those too short to be a secret."""
+    found = [pair.partition("=")[2] for pair in header.split("; ")]
+    return [value for value in found if len(value) >= 8]
 
 
-def _header_text(value: Any) -> str:
-    return value.decode("latin-1") if isinstance(value, bytes) else str(value)
+def _password_in(credentials: str) -> str:
+    """The password in credentials of Basic authentication (RFC 7617)."""
+    try:
+        return base64.b64decode(credentials).decode("latin-1").partition(":")[2]
+    except ValueError:
+        return ""  # they are of another kind
+
+
+def _secrets_sent(response: requests.Response) -> tuple[str, ...]:
+    """The secrets of a request as it was sent: a caller's session adds its own."""
+    sent: Any = response.request
+    if sent is None:
+        return ()
+    pairs = (sent.headers or {}).items()
+    headers = {name: value for name, value in pairs if isinstance(value, str)}
+    binary = {name: value for name, value in pairs if isinstance(value, bytes)}
+    headers.update((name, value.decode("latin-1")) for name, value in binary.items())
+    return _secrets_in(str(sent.url), headers)
 
 
 _END_WAIT = 5.0  # seconds for what follows a finish reason
@@ -4831,6 +4849,7 @@ class _Exchange(_Failures):
         super().__init__(session, deadlines, guard)
         self._request = request
         self._body: _Body | None = None
+        self.secrets = request.secrets
         self.bytes = 0
         self.headers: Mapping[str, str] = {}
         self.status = 0
@@ -4881,7 +4900,9 @@ class _Exchange(_Failures):
 
     def _note_head(self, response: requests.Response, **settings: Any) -> None:
         pairs = response.headers.items()
-        secrets = self._request.secrets  # some servers echo the request
+        more = _secrets_sent(response)
+        secrets = sorted({*self._request.secrets, *more}, key=len, reverse=True)
+        self.secrets = tuple(secrets)  # some servers echo the request
         self.headers = CaseInsensitiveDict((n, _redacted(v, secrets)) for n, v in pairs)
         # requests would read the whole body of a redirect, however long, to prepare
         # the next request; which is not sent.
@@ -4950,7 +4971,7 @@ class _Exchange(_Failures):
             try:
                 data = body.read()
             except _BODY_ERRORS as error:
-                cause = _stripped(error, self._request.secrets)
+                cause = _stripped(error, self.secrets)
                 raise self._translated(error, "stream") from cause
             finally:
                 self._guard.rest()
@@ -5110,7 +5131,7 @@ class _Reporter:
 
     def __init__(self, observers: tuple[Observer, ...]) -> None:
         self.observers: tuple[Observer, ...] = ()
-        #: What any observer listens to: asked for each read, so known beforehand.
+        #: What any observer listens to: looked at for each read.
         self.wanted: set[str] = set()
         self.number = next(_stream_numbers)
         self.started = _now()
@@ -5120,7 +5141,12 @@ class _Reporter:
     def add(self, observers: tuple[Observer, ...]) -> None:
         """Tell these observers too."""
         self.observers += observers
-        self.wanted.update(*map(_overridden_hooks, observers))
+        self.note_hooks()
+
+    def note_hooks(self) -> None:
+        """Find out what is listened to; asked with each request."""
+        self.wanted.clear()
+        self.wanted.update(*map(_overridden_hooks, self.observers))
 
     def tell(self, what: str, why: str, data: Any) -> None:
         """Call ``on_<what>`` of every observer."""
@@ -5152,7 +5178,6 @@ class _Prompt(NamedTuple):
     key: str | Callable[[], str] | None
     resume: ResumeMode
     model: str | None = None
-    session: requests.Session | None = None
 
     def request(self, action: str, answer: Answer) -> tuple[_Request, Seam | None]:
         """The request that carries out an action, and the seam that it makes.
@@ -5218,8 +5243,7 @@ class _Prompt(NamedTuple):
         if key is not None:
             headers.update(self.dialect.auth(key))
         _merge_headers(headers, self.headers)
-        known = {**_session_headers(self.session), **headers}
-        secrets = _secrets_in(request.url, known)
+        secrets = _secrets_in(request.url, headers)
         return request._replace(headers=dict(headers), secrets=secrets)
 
 
@@ -5454,7 +5478,7 @@ class _Loop:
         self.ledger = _Ledger()
         self.headers: Mapping[str, str] = {}
         self.items: Iterator[Any] = iter(())
-        self.failure: StreamingError | None = None
+        self.failure: Exception | None = None
         self.closed = False
         self._request: _Request | None = None
         self._timeouts = timeouts
@@ -5465,11 +5489,13 @@ class _Loop:
         # thread waits, and would find the inner lock of an Event taken.
         self._closing = threading.Lock()
         self._closing.acquire()
-        self._closing_thread: int | None = None  # the thread that called close()
-        self._reading_thread = threading.get_ident()
+        # The threads that called close(): the first one did it.  Not their numbers,
+        # which are used again.
+        self._closers: list[threading.Thread] = []
+        self._reading_thread = threading.current_thread()
         self._has_begun = False
         self._is_over = False
-        self._source = self._batches()
+        self._source: Any = self._batches()
 
     # -- what a kind of stream defines
 
@@ -5491,9 +5517,14 @@ class _Loop:
 
     def pull(self) -> bool:
         """Make the next batch the present one; False at the end."""
-        self._reading_thread = threading.get_ident()
+        self._reading_thread = threading.current_thread()
         self.raise_again()
-        batch = next(self._source, None)
+        try:
+            batch = next(self._source, None)
+        except Exception as error:  # of the caller's too: a key, an observer
+            if self._source.gi_frame is None:  # it is over, and must not look complete
+                self.failure = error
+            raise
         if batch is None:
             return False
         position = iter(batch)
@@ -5518,7 +5549,8 @@ class _Loop:
         """End the stream, from any thread."""
         if self.closed or self._is_over:
             return
-        self._closing_thread = threading.get_ident()
+        thread = threading.current_thread()
+        self._closers.append(thread)
         self.closed = True
         self.ledger.end()
         with contextlib.suppress(RuntimeError):  # two threads may close it at once
@@ -5526,7 +5558,7 @@ class _Loop:
         guard = self._guard
         if guard is not None:
             guard.fire("closed")
-        if self._closing_thread == self._reading_thread and self._has_begun:
+        if self._closers[0] is thread is self._reading_thread and self._has_begun:
             self.leave()
 
     def leave(self) -> None:
@@ -5547,7 +5579,8 @@ class _Loop:
 
     @property
     def _is_closed_by_reader(self) -> bool:
-        return self.closed and self._closing_thread in (None, threading.get_ident())
+        own = [threading.current_thread()]
+        return self.closed and self._closers[:1] in ([], own)
 
     def _begin(self, facts: dict[str, Any], request: _Request) -> None:
         now = _now()
@@ -5564,6 +5597,7 @@ class _Loop:
             guard.verdict = "closed"
         self.ledger.begin_request()
         self.reporter.attempt = self.ledger.requests
+        self.reporter.note_hooks()
         self._deadlines.send(_now())
         facts = {
             "method": request.method,
@@ -5579,6 +5613,8 @@ class _Loop:
 
     def _note_response(self, exchange: Any) -> None:
         self.headers = exchange.headers
+        request = cast(_Request, self._request)
+        self._request = request._replace(secrets=exchange.secrets)
         shown = {name: _masked(name, value) for name, value in self.headers.items()}
         facts = {"status": exchange.status, "headers": shown}
         self.reporter.tell("response", f"HTTP status {exchange.status}", facts)
@@ -5724,6 +5760,7 @@ class _Chat(_Loop):
         facts = {"model": prompt.model, "dialect": prompt.dialect.name}
         self._begin(facts, self._request)
         while True:
+            self._request = prompt.with_key(self._request)
             try:
                 yield from self._exchange(self._request)
                 break
@@ -5740,7 +5777,6 @@ class _Chat(_Loop):
 
     def _exchange(self, request: _Request) -> Iterator[list[Piece]]:
         """One request, and the pieces that its response brings."""
-        request = self._request = self.prompt.with_key(request)
         self.recovery.spent += 1
         self.answer.expected = _choice_count(self.prompt.body)
         exchange = self._new_exchange(request)
@@ -6103,6 +6139,7 @@ class _Recording:
 
     def __init__(self, pieces: Iterable[bytes]) -> None:
         self._pieces = _small_pieces(pieces)
+        self.secrets: tuple[str, ...] = ()
         self.headers: Mapping[str, str] = {}
         self.bytes = 0
 
@@ -6410,8 +6447,7 @@ def stream_chat(
     body = _snapshot({**known.body(messages, model, params), **(extra_body or {})})
     if resume == "reattach" and known.cursor_key:
         body.setdefault("background", True)
-    address = known.url(url, model)
-    prompt = _Prompt(known, address, body, more, key, resume, model, session)
+    prompt = _Prompt(known, known.url(url, model), body, more, key, resume, model)
     recovery = _Recovery(prompt, retry or Retry(attempts=1))
     observers = _known_observers(observe)
     opener = _opener(session)
@@ -6719,7 +6755,7 @@ def stream_events(
         sent["Content-Type"] = "application/json"
     _merge_headers(sent, _checked_headers(headers))
     address = _checked_url("url", url)
-    secrets = _secrets_in(address, {**_session_headers(session), **sent})
+    secrets = _secrets_in(address, sent)
     request = _Request(method, address, dict(sent), data, "start", secrets)
     feed = _Feed(
         request,

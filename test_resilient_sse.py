@@ -7684,6 +7684,33 @@ def test_a_read_that_looks_like_one_chunk_is_taken_for_one_only_where_one_begins
     assert read_all(body) == read_all(slow) != b""
 
 
+@pytest.mark.parametrize("room", [8192, 131072])
+@pytest.mark.parametrize("size", [100, 70000, 200000])
+def test_what_came_with_the_headers_is_read_from_the_file_to_its_end(room, size):
+    wire = b"%x\r\n%b\r\n0\r\n\r\n" % (size, b"x" * size)
+    sender, receiver = socket.socketpair()
+    with sender, receiver, receiver.makefile("rb", room) as file:
+        for end in (sender, receiver):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        thread = threading.Thread(target=sender.sendall, args=(b"head\n" + wire,))
+        thread.start()
+        assert file.readline() == b"head\n"  # Python 3.14 reads 128 KiB ahead
+        assert read_all(rs._ChunkedBody(file)) == b"x" * size
+        thread.join()
+
+
+def test_a_socket_of_another_kind_is_left_to_its_file():
+    class File(NetSource):
+        class raw:  # TLS within TLS has a socket whose recv gives a number at the end
+            class _sock:
+                recv = staticmethod(lambda size: 0)
+
+    body = rs._ChunkedBody(File([b"5\r\nHello\r\n", b"0\r\n"]))
+    assert read_all(body) == b"Hello"
+    with pytest.raises(rs._CutBody):
+        read_all(rs._ChunkedBody(File([b"5\r\nHello\r\n"])))
+
+
 @pytest.mark.parametrize("end", [b"ab", b"\ra", b"b\n"])
 def test_a_read_of_one_chunk_without_its_line_end_is_garbled(end):
     body = rs._ChunkedBody(NetSource([b"5\r\nHello" + end, b"0\r\n\r\n"]))
@@ -8702,6 +8729,24 @@ def test_a_stream_closed_before_its_start_ends_for_its_closer_alone():
         assert server.requests == []
 
 
+def test_a_thread_is_known_by_more_than_its_number():
+    """Its number is soon given to another one."""
+    with FlakyServer() as server:
+        for _ in range(20):
+            stream = net_chat(server)
+            next(stream)
+            closer = threading.Thread(target=stream.close)
+            closer.start()
+            closer.join()
+            number = closer.ident
+            thread, outcome = net_reader(stream)
+            thread.join()
+            assert isinstance(outcome[0], rs.StreamAbortedError)
+            if thread.ident == number:
+                return
+    pytest.skip("no thread was given the number of another one")
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
 @pytest.mark.parametrize(
     "fault", ["stall-event:5", "headers-stall", "status:503:retry-after=20"]
@@ -9109,27 +9154,39 @@ def net_session(**settings):
     return session
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"headers": {"Authorization": "Bearer " + NET_KEY}},
-        {"headers": {"X-Api-Key": NET_KEY.encode(), "Accept": None}},
-        {"auth": ("user", NET_KEY)},
-        {"auth": requests.auth.HTTPBasicAuth("user", NET_KEY)},
-        {"params": {"key": NET_KEY}},
-    ],
-    ids=["header", "bytes", "auth", "auth object", "query"],
-)
-def test_a_secret_of_the_callers_session_is_shown_nowhere(settings):
-    calls = (
-        lambda **more: net_chat(server, api_key=None, **more),
-        lambda **more: rs.stream_events(server.url + "/events", **more),
-    )
-    for call in calls:
-        with FlakyServer(script=[echoing(401)]) as server:
-            stream = call(session=net_session(**settings), retry=None)
-            with pytest.raises(rs.APIError) as caught:
-                list(stream)
+class NetAuth(requests.auth.AuthBase):
+    def __call__(self, request):
+        request.headers["X-Token"] = NET_KEY
+        return request
+
+
+NET_SECRETS = {
+    "header": {"headers": {"Authorization": "Bearer " + NET_KEY}},
+    "bytes": {"headers": {"X-Api-Key": NET_KEY.encode(), "Accept": None}},
+    "auth": {"auth": ("user", NET_KEY)},
+    "auth object": {"auth": requests.auth.HTTPBasicAuth("user", NET_KEY)},
+    "auth of its own": {"auth": NetAuth()},
+    "query": {"params": {"key": NET_KEY}},
+    "query of several": {"params": {"key": ["other", NET_KEY]}},
+    "cookie": {"cookies": requests.cookies.cookiejar_from_dict({"sid": NET_KEY})},
+    "nothing": {"auth": (), "headers": None, "params": None},
+}
+
+
+@pytest.mark.parametrize("kind", ["chat", "events"])
+@pytest.mark.parametrize("case", NET_SECRETS)
+def test_a_secret_of_the_callers_session_is_shown_nowhere(case, kind):
+    with FlakyServer(script=[echoing(401)]) as server:
+        more = {"session": net_session(**NET_SECRETS[case]), "retry": None}
+        if kind == "chat":
+            stream = net_chat(server, api_key=None, **more)
+        else:
+            stream = rs.stream_events(server.url + "/events", **more)
+        with pytest.raises(rs.APIError) as caught:
+            list(stream)
+    if case == "nothing":
+        assert NET_KEY in str(caught.value)  # as nobody sent it
+    else:
         assert "bad key ***" in str(caught.value)
         assert NET_KEY not in "".join(all_about(caught.value))
 
@@ -9203,6 +9260,7 @@ class StreamsExchange:
     def __init__(self, wire: StreamsWire, request: Any, guard: Any) -> None:
         self.wire, self.request, self.guard = wire, request, guard
         self.bytes, self.status, self.headers = 0, 200, wire.headers
+        self.secrets = request.secrets
         self.pieces: list[bytes] = []
         self.error: rs.StreamingError | None = None
 
@@ -11357,6 +11415,30 @@ def test_a_key_is_asked_for_after_the_wait_so_that_it_is_fresh(
     assert asked_after == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("no token"), rs.StreamConnectionError("no token", retryable=True)],
+    ids=["of its own", "of ours"],
+)
+@pytest.mark.parametrize("good", [0, 1])
+def test_an_error_of_the_key_function_is_the_callers_and_no_drop(
+    error: Exception, good: int
+) -> None:
+    keys = ["key"] * good
+
+    def key() -> str:
+        if keys:
+            return keys.pop()
+        raise error
+
+    with streams_wire("abcdefgh", [("status", 503, {}, "{}")]) as wire:
+        stream = streams_ask(api_key=key)
+        for _ in range(2):  # it never looks like a stream that has ended
+            with pytest.raises(type(error), match="no token"):
+                list(stream)
+    assert len(wire.requests) == good
+
+
 def test_a_function_that_gives_no_key_is_a_clear_error() -> None:
     with streams_wire("abcd") as wire:
         for bad in (None, "", 5):
@@ -11583,6 +11665,18 @@ def test_without_observers_no_record_is_made(monkeypatch: pytest.MonkeyPatch) ->
     cut = ("drop", streams_after("abcdefgh", 1))
     with streams_wire("abcdefgh", [("status", 503, {}, "{}"), cut]):
         assert "".join(streams_ask("vllm")) == "abcdefgh"
+
+
+def test_a_hook_may_be_set_late_on_an_observer() -> None:
+    heard: list[Any] = []
+    observer = rs.Observer(
+        on_start=lambda record: setattr(observer, "on_token", heard.append)
+    )
+    with streams_wire("abcd"):
+        stream = streams_ask(observe=observer)
+        observer.on_chunk = heard.append  # type: ignore[method-assign]
+        list(stream)
+    assert [record.what for record in heard] == ["chunk", "token"]
 
 
 def test_an_observer_may_be_added_before_the_start() -> None:
