@@ -7692,6 +7692,7 @@ def test_what_came_with_the_headers_is_read_from_the_file_to_its_end(room, size)
     with sender, receiver, receiver.makefile("rb", room) as file:
         for end in (sender, receiver):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            end.settimeout(10)
         thread = threading.Thread(target=sender.sendall, args=(b"head\n" + wire,))
         thread.start()
         assert file.readline() == b"head\n"  # Python 3.14 reads 128 KiB ahead
@@ -8727,6 +8728,28 @@ def test_a_stream_closed_before_its_start_ends_for_its_closer_alone():
         thread.join()
         assert isinstance(outcome[0], rs.StreamAbortedError)
         assert server.requests == []
+
+
+def test_of_two_threads_that_close_at_once_the_first_one_did_it():
+    with FlakyServer(script=["stall-event:5"]) as server:
+        stream = net_chat(server)
+        next(stream)
+        stream._chat._closers.append(threading.Thread())  # just then
+        stream.close()
+        with pytest.raises(rs.StreamAbortedError):
+            list(stream)
+        assert net_eventually(lambda: server.open_connections == 0)
+
+
+def test_a_second_reader_at_the_same_time_does_the_first_no_harm():
+    with FlakyServer("abcdef", ["ok"], pieces=2, delay=0.3) as server:
+        stream = net_chat(server)
+        thread, outcome = net_reader(stream)
+        assert net_eventually(lambda: stream.text)
+        with pytest.raises(ValueError, match="already executing"):
+            next(stream.deltas())
+        thread.join()
+        assert outcome[0] == "abcdef"
 
 
 def test_a_thread_is_known_by_more_than_its_number():
