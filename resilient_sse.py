@@ -4644,7 +4644,7 @@ def _password_in(credentials: str) -> str:
 
 
 def _secrets_sent(response: requests.Response) -> tuple[str, ...]:
-    """The secrets of a request as it was sent: a caller's session adds its own."""
+    """The secrets of a request as a caller's session sent it, with its own."""
     sent: Any = response.request
     if sent is None:
         return ()
@@ -4900,10 +4900,13 @@ class _Exchange(_Failures):
 
     def _note_head(self, response: requests.Response, **settings: Any) -> None:
         pairs = response.headers.items()
-        more = _secrets_sent(response)
-        secrets = sorted({*self._request.secrets, *more}, key=len, reverse=True)
-        self.secrets = tuple(secrets)  # some servers echo the request
-        self.headers = CaseInsensitiveDict((n, _redacted(v, secrets)) for n, v in pairs)
+        secrets = {*self._request.secrets}  # some servers echo the request
+        if self._session is not None:
+            secrets.update(_secrets_sent(response))
+        self.secrets = tuple(sorted(secrets, key=len, reverse=True))
+        self.headers = CaseInsensitiveDict(
+            (n, _redacted(v, self.secrets)) for n, v in pairs
+        )
         # requests would read the whole body of a redirect, however long, to prepare
         # the next request; which is not sent.
         response.headers.pop("Location", None)
@@ -4974,7 +4977,7 @@ class _Exchange(_Failures):
                 cause = _stripped(error, self.secrets)
                 raise self._translated(error, "stream") from cause
             finally:
-                self._guard.rest()
+                self._guard.due = _NEVER  # rest(), without a call a read
             if data or body.is_clean:
                 break
             now = _now()  # framing alone is a sign of life: the read limit begins anew
