@@ -232,7 +232,7 @@ def _together(bench: Bench, names: Iterable[str]) -> Group:
     So the machine's state is the same for all; the server writes at other moments to
     each. The first deltas are left out: there the processes still start.
     """
-    count, warm = bench.amount(260, 160), bench.url("openai", 10)
+    count, warm = bench.amount(560, 160), bench.url("openai", 10)
 
     def one(name: str) -> Run:
         report = bench.client(name, "openai", count, "--delays", "--warm", warm, pace=5)
