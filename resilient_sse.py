@@ -642,9 +642,11 @@ class Limits(_Options):
     :param line: bytes of one line of the stream.  16 MiB: base64 images fit.
     :param event: bytes of one event (its comments included).  16 MiB, as ``line``.
     :param text: characters of text that are kept, for each of the visible text, the
-        reasoning and other choices.  16 Mi, some thousand pages.  Past it deltas still
-        flow, but resuming is off, ``stats.text_dropped`` counts and
-        :func:`complete_chat` raises.
+        reasoning and all other choices together.  16 Mi, some thousand pages.  Past it
+        deltas still flow, but resuming is off, ``stats.text_dropped`` counts and
+        :func:`complete_chat` raises.  Tool arguments may be as long; and whatever else
+        an answer brings, such as images and signatures, four times as long (1 Mi at
+        least): they are kept whole, so past that the stream ends with an error.
     :param malformed: pieces of malformed data that are ignored before it is an error.
         10: a stray line is harmless, a stream of them is not; 0 allows none.
     :raises TypeError: a value is no whole number.
@@ -689,9 +691,10 @@ _STRAY_LINES = 256
 
 
 #: What nearly every event looks like; other blocks are read line by line.
-#: (An empty alternative costs half of what a question mark does.)
+#: (An empty alternative costs half of what a question mark does.  Without the caret,
+#: a line full of "data: " would be searched once for each of them.)
 _USUAL_EVENTS = re.compile(
-    rb"(?:id: ([^\n\0]+)\n|)(?:event: ([^\n]+)\n|)data: ([^\n]*)\n\n"
+    rb"^(?:id: ([^\n\0]+)\n|)(?:event: ([^\n]+)\n|)data: ([^\n]*)\n\n", re.MULTILINE
 )
 
 
@@ -951,7 +954,8 @@ class SSEDecoder:
 # JSON value of whatever type makes a method raise: odd ones are counted, not kept.
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_MOST_PARTS = 10000
+_MOST_CALLS = 1024  # tool calls, or choices: far more than any provider allows
+_LONGEST_WORD = 1000  # characters of a finish reason
 
 
 _SHORT = 640  # characters; an integer of fewer is as cheap as any
@@ -982,23 +986,36 @@ def parse_json(text: str) -> Any:
     return value
 
 
-class TextBuffer:
-    """Text in few large blocks; past its limit it counts, but keeps no more."""
+class Room:
+    """Space for so many characters; several buffers may share it.
 
-    def __init__(self, limit: int | None = None) -> None:
-        self.limit = limit
+    :param size: None for no limit.
+    """
+
+    def __init__(self, size: int | None = None) -> None:
+        self.left = math.inf if size is None else size
+
+
+class TextBuffer:
+    """Text in few large blocks; without room for more it counts, but keeps no more."""
+
+    def __init__(self, room: Room) -> None:
         self.kept = 0
         self.dropped = 0
+        self._room = room
         self._blocks: list[bytes] = []  # UTF-8: one emoji does not widen the rest
         self._tail: list[str] = []
 
     def add(self, text: str) -> None:
         """Append text."""
-        if self.limit is not None and self.kept + len(text) > self.limit:
-            room = self.limit - self.kept
-            self.dropped += len(text) - room
-            text = text[:room]
-        self.kept += len(text)
+        size = len(text)
+        room = self._room
+        if size > room.left:
+            text = text[: int(room.left)]
+            self.dropped += size - len(text)
+            size = len(text)
+        room.left -= size
+        self.kept += size
         self._tail.append(text)
         if len(self._tail) > 1000:
             self._blocks.append("".join(self._tail).encode())
@@ -1013,12 +1030,12 @@ class TextBuffer:
 class _OpenCall:
     """A tool call that is still being received."""
 
-    def __init__(self, number: int, limit: int | None) -> None:
+    def __init__(self, number: int, room: Room) -> None:
         self.number = number
         self.choice = 0
         self.id: str | None = None
         self.name = ""
-        self.arguments = TextBuffer(limit)
+        self.arguments = TextBuffer(room)
         self.closed = False
         self.is_json = True
 
@@ -1036,6 +1053,14 @@ class _OpenCall:
         return ToolCall(self.id, self.name, arguments or "{}")
 
 
+_EACH_KEPT = 100  # characters that a kept value costs beside its own
+
+
+def _room_for_parts(text: int | None) -> int | None:
+    """For images, signatures, IDs: more than for text, and never too little."""
+    return None if text is None else max(4 * text, 1 << 20)
+
+
 class _Kept:
     """What an answer keeps: text by kind and choice, and tool calls, all of it bounded.
 
@@ -1045,19 +1070,35 @@ class _Kept:
 
     def __init__(self, limits: Limits, received: TextBuffer | None) -> None:
         self.limits = limits
-        self.received = received or TextBuffer(limits.text)
+        self.received = received or TextBuffer(Room(limits.text))
         self._side: dict[tuple[str, int], TextBuffer] = {}
         self._calls: dict[Any, _OpenCall] = {}
+        self._for_choices = Room(limits.text)  # all but choice 0
+        self._for_arguments = Room(limits.text)
+        self._for_parts = Room(_room_for_parts(limits.text))
+
+    def keep(self, value: Any) -> None:
+        """Count a JSON value that is kept beside the text.
+
+        :raises StreamLimitError: all of these together have become too large.
+        """
+        self._for_parts.left -= _EACH_KEPT + len(repr(value))
+        if self._for_parts.left < 0:
+            self._fail_on_limit("the parts of the answer")
 
     def open_call(self, key: Any, id: Any = None, name: Any = None) -> None:
         """Begin, or name, the tool call that the stream knows as ``key``."""
         call = self._calls.get(key)
         if call is None:
-            self._guard_parts(len(self._calls))
-            call = self._calls[key] = _OpenCall(len(self._calls), self.limits.text)
+            self._guard_count(len(self._calls))
+            self.keep(key)
+            call = self._calls[key] = _OpenCall(len(self._calls), self._for_arguments)
         if call.id is None and isinstance(id, str) and id:
+            self.keep(id)
             call.id = id  # old vLLM makes up another one for each fragment
-        call.name = name if isinstance(name, str) and name else call.name
+        if isinstance(name, str) and name not in ("", call.name):
+            self.keep(name)
+            call.name = name
 
     def close_call(self, key: Any) -> None:
         """End a tool call: nothing more will come of it."""
@@ -1115,12 +1156,13 @@ class _Kept:
     def _buffer(self, kind: str, index: int) -> TextBuffer:
         key = (kind, index)
         if key not in self._side:
-            self._guard_parts(len(self._side))
-            self._side[key] = TextBuffer(self.limits.text)
+            self._guard_count(len(self._side))
+            room = self._for_choices if index else Room(self.limits.text)
+            self._side[key] = TextBuffer(room)
         return self._side[key]
 
-    def _guard_parts(self, count: int) -> None:
-        if count >= _MOST_PARTS:
+    def _guard_count(self, count: int) -> None:
+        if count >= _MOST_CALLS:
             self._fail_on_limit("the choices or tool calls")
 
     def _fail_on_limit(self, what: str) -> NoReturn:
@@ -1145,9 +1187,9 @@ class Answer(_Kept):
         self.id: str | None = None
         #: The number of the last event, where the provider numbers them.
         self.cursor: int | None = None
-        #: Parts of the assistant turn, in the dialect's own form.
+        #: Parts of the assistant turn, in the dialect's own form; see add_part().
         self.parts: list[dict[str, Any]] = []
-        #: Whatever else a dialect must remember between two events.
+        #: Whatever else a dialect must remember between two events; see keep().
         self.memory: dict[Any, Any] = {}
         self.malformed = 0
         self.deltas = 0
@@ -1177,7 +1219,7 @@ class Answer(_Kept):
     def again(self) -> Answer:
         """The answer to the same request again, to be compared with this one."""
         answer = Answer(self.limits, self.received)
-        answer._side = self._side
+        answer._side, answer._for_choices = self._side, self._for_choices
         answer.seam = ReplaySeam(self.received.text, self.sides())
         return answer
 
@@ -1221,8 +1263,9 @@ class Answer(_Kept):
         """
         if _index(index) not in self.finishes:
             self.progress += 1
-        raw = raw if isinstance(raw, str) else None
-        self._guard_parts(len(self.finishes))
+        if not isinstance(raw, str) or len(raw) > _LONGEST_WORD:
+            raw = None
+        self._guard_count(len(self.finishes))
         self.finishes[_index(index)] = (reason, raw)
         self.close_calls(_index(index))
 
@@ -1232,6 +1275,11 @@ class Answer(_Kept):
         if self.usage is None or usage[:2] != self.usage[:2]:
             self.progress += 1
         self.usage = usage
+
+    def add_part(self, part: dict[str, Any]) -> None:
+        """Add a part of the assistant turn, in the dialect's own form."""
+        self.keep(part)
+        self.parts.append(part)
 
     def identify(self, id: Any, model: Any) -> None:
         """Note the answer's ID and model; the first ones that are not empty count."""
@@ -1316,11 +1364,13 @@ class Answer(_Kept):
     def forget_sides(self) -> None:
         """Drop all but the visible text: nobody was shown it."""
         self._side.clear()
+        self._for_choices = Room(self.limits.text)
 
     def forget_calls(self) -> None:
         """Drop the tool calls; a continuation makes them anew."""
         self._calls.clear()
         self.memory.clear()
+        self._for_arguments = Room(self.limits.text)
 
     # -- inner steps
 
@@ -1367,6 +1417,7 @@ class Answer(_Kept):
         if not _SURROGATE.search(text):
             return text
         if "\ud800" <= text[-1] <= "\udbff":
+            self._guard_count(len(self._held))
             self._held[key] = text[-1]
             text = text[:-1]
         return _mend(text)
@@ -1631,7 +1682,7 @@ def _api_error(document: Any, status: int | None = None, **facts: Any) -> APIErr
     named = _status_named(code, _scalar(inner, "status_code"))
     message = _error_message(document, outer, inner)
     where = f"HTTP status {status}" if status else "an error inside the stream"
-    label = " (%s)" % (kind or code) if kind or code else ""
+    label = f" ({str(kind or code)[:100]})" if kind or code else ""
     facts.setdefault("body", _as_text(document)[:_BODY_KEPT])
     facts.setdefault("request_id", _scalar(outer, "request_id"))
     return APIError(
@@ -2353,7 +2404,10 @@ class _ResponsesEvents(Dialect):
             answer.refusal(text)
         else:
             answer.reasoning(text)
-        answer.memory[self._part(chunk)] = True
+        part = self._part(chunk)
+        if part not in answer.memory:
+            answer.keep(part)
+            answer.memory[part] = True
 
     def _part(self, chunk: dict[str, Any]) -> tuple[str, str]:
         kind = chunk["type"].rpartition(".")[0]
@@ -2418,19 +2472,19 @@ class _ResponsesEvents(Dialect):
 
     def _read_output(self, output: list[dict[str, Any]], answer: Answer) -> None:
         """Take from the final object what no event has brought."""
+        seen = " ".join({kind for kind, _ in answer.memory})
         for number, item in enumerate(output):
             kind = item.get("type")
             if kind in ("function_call", "custom_tool_call"):
                 done = {"type": "response.output_item.done", "output_index": number}
                 self._read_item({**done, "item": item}, answer)
             if kind == "message":
-                self._read_parts(item.get("content"), answer)
+                self._read_parts(item.get("content"), seen, answer)
             if kind == "reasoning":
-                self._read_parts(item.get("summary"), answer)
-                self._read_parts(item.get("content"), answer)
+                self._read_parts(item.get("summary"), seen, answer)
+                self._read_parts(item.get("content"), seen, answer)
 
-    def _read_parts(self, parts: Any, answer: Answer) -> None:
-        seen = " ".join(kind for kind, _ in answer.memory)
+    def _read_parts(self, parts: Any, seen: str, answer: Answer) -> None:
         for part in _dicts(parts, answer):
             kind = str(part.get("type"))
             if kind == "output_text" and kind not in seen:
@@ -2622,7 +2676,7 @@ class Anthropic(Dialect):
         self.finish(answer, document.get("stop_reason"))
 
     def _key(self, chunk: dict[str, Any]) -> str:
-        return str(chunk.get("index"))
+        return str(chunk.get("index"))[:20]
 
     def _read_message(self, message: dict[str, Any], answer: Answer) -> None:
         answer.identify(message.get("id"), message.get("model"))
@@ -2633,16 +2687,18 @@ class Anthropic(Dialect):
         if not isinstance(usage, dict):
             answer.odd(usage)
             return
-        known = answer.memory.setdefault("usage", {})
-        known.update((k, v) for k, v in usage.items() if v is not None)
-        answer.count(known.get("input_tokens"), known.get("output_tokens"), dict(known))
+        news = {name: count for name, count in usage.items() if count is not None}
+        known = {**answer.memory.get("usage", {}), **news}
+        if len(repr(known)) > _BODY_KEPT:
+            answer.odd(usage)
+            return
+        answer.memory["usage"] = known
+        answer.count(known.get("input_tokens"), known.get("output_tokens"), known)
 
     def _read_start(self, chunk: dict[str, Any], answer: Answer) -> None:
         block = _dict(chunk.get("content_block"), answer)
         part = dict(block)
-        if len(answer.parts) >= _MOST_PARTS:
-            raise StreamLimitError("the answer has too many blocks", limit="text")
-        answer.parts.append(part)
+        answer.add_part(part)
         answer.memory["block", self._key(chunk)] = part
         self._read_first(self._key(chunk), block, part, answer)
         answer.advance()
@@ -2676,13 +2732,27 @@ class Anthropic(Dialect):
         if kind == "input_json_delta":
             self._read_input(key, part, delta.get("partial_json"), answer)
         if kind == "signature_delta":
-            known = part.get("signature") or ""
-            part["signature"] = f"{known}{delta.get('signature') or ''}"
+            self._append(part, "signature", delta.get("signature"), answer)
         if kind == "citations_delta":
+            answer.keep(delta)
             part["citations"] = part.get("citations") or []
             part["citations"].append(delta.get("citation"))
         if kind == "compaction_delta":
+            answer.keep(delta)
             part["content"] = delta.get("content")
+
+    def _append(
+        self, part: dict[str, Any], name: str, text: Any, answer: Answer
+    ) -> None:
+        """Lengthen a text of a block that is not the caller's; it is kept whole."""
+        if not isinstance(text, str):
+            answer.odd(text)
+            return
+        answer.keep(text)
+        if not isinstance(part.get(name), TextBuffer):
+            first, part[name] = part.get(name), TextBuffer(Room())
+            part[name].add(first if isinstance(first, str) else "")
+        part[name].add(text)
 
     def _read_stop(self, chunk: dict[str, Any], answer: Answer) -> None:
         answer.close_call(self._key(chunk))
@@ -2713,8 +2783,8 @@ class Anthropic(Dialect):
         """Arguments of the caller's tool, or of one that the provider runs."""
         if part.get("type") in (None, "tool_use"):
             answer.call_arguments(key, text)
-        elif isinstance(text, str):
-            part.setdefault("_json", TextBuffer(answer.limits.text)).add(text)
+        else:
+            self._append(part, "_json", text, answer)
             answer.advance()
 
     def message(self, answer: Answer, text: str) -> Any:
@@ -2727,7 +2797,11 @@ class Anthropic(Dialect):
         whole = {id(call) for call in answer._calls.values() if call.whole()}
         blocks = []
         for part in answer.parts:
-            block = {k: v for k, v in part.items() if k != "_json"}
+            block = {
+                name: value.text if isinstance(value, TextBuffer) else value
+                for name, value in part.items()
+                if name != "_json"
+            }
             kind = str(part.get("type"))
             if kind in texts:
                 end = next(ends[kind], None)
@@ -2865,10 +2939,9 @@ class Gemini(Dialect):
             noted = dict(part)
             if is_text:
                 noted["text"] = (answer.position(), len(str(part["text"])))
-            if len(answer.parts) < _MOST_PARTS:
-                answer.parts.append(noted)
+            answer.add_part(noted)
         elif part["text"] and not self._is_run(answer.parts):
-            answer.parts.append({"text": (answer.position(), None)})
+            answer.add_part({"text": (answer.position(), None)})
 
     def _is_run(self, parts: list[dict[str, Any]]) -> bool:
         text = parts[-1].get("text") if parts else None
@@ -2899,7 +2972,8 @@ class Gemini(Dialect):
             first = {k: v for k, v in call.items() if k in ("name", "id")}
             whole = {**part, "functionCall": first}
             key = (index, answer.calls_begun)
-            answer.memory["partial"] = (key, whole, _PartialArguments(answer.limits))
+            answer.keep(whole)
+            answer.memory["partial"] = (key, whole, _PartialArguments(answer))
             answer.open_call(key, call.get("id"), call.get("name"))
         key, whole, arguments = answer.memory["partial"]
         for piece in _dicts(call.get("partialArgs"), answer):
@@ -2909,8 +2983,8 @@ class Gemini(Dialect):
             return
         del answer.memory["partial"]
         whole["functionCall"]["args"] = arguments.whole()
-        if index == 0 and len(answer.parts) < _MOST_PARTS:
-            answer.parts.append(whole)
+        if index == 0:
+            answer.add_part(whole)
         answer.call_arguments(key, jsonlib.dumps(whole["functionCall"]["args"]), index)
         answer.close_call(key)
 
@@ -2948,33 +3022,30 @@ class Gemini(Dialect):
         return {**body, "contents": contents + new}
 
 
-_PATH_STEP = re.compile(r"\[(\d+)\]|\[['\"](.*?)['\"]\]|([^.\[\]$]+)")
+_PATH_STEP = re.compile(r"""\[(\d{1,9})\]|\['([^']*)'\]|\["([^"]*)"\]|([^.\[\]$]+)""")
 
 
 class _PartialArguments:
     """Arguments that come as values at paths such as ``$.days[0].name``."""
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
         self._values: dict[str, Any] = {}
 
     def add(self, piece: dict[str, Any]) -> None:
         """Set the value at a path; a string is lengthened."""
         path = str(piece.get("jsonPath") or "")
         name = next((key for key in piece if key.endswith("Value")), None)
-        if name is None or (path not in self._values and self._is_full):
+        if name is None:
             return
         value = None if name == "nullValue" else piece[name]
+        self._answer.keep(value if path in self._values else (path, value))
         if isinstance(value, str):
             if not isinstance(self._values.get(path), TextBuffer):
-                self._values[path] = TextBuffer(self._limits.text)
+                self._values[path] = TextBuffer(Room())
             self._values[path].add(value)
         else:
             self._values[path] = value
-
-    @property
-    def _is_full(self) -> bool:
-        return len(self._values) >= _MOST_PARTS
 
     def whole(self) -> dict[str, Any]:
         """The arguments as one object."""
@@ -2982,8 +3053,8 @@ class _PartialArguments:
         for path, value in self._values.items():
             value = value.text if isinstance(value, TextBuffer) else value
             steps = [
-                int(number) if number else quoted or name
-                for number, quoted, name in _PATH_STEP.findall(path)
+                int(number) if number else single or double or name
+                for number, single, double, name in _PATH_STEP.findall(path)
             ]
             node: Any = arguments
             for place, step in enumerate(steps[:-1], 1):
@@ -3063,8 +3134,8 @@ class Cohere(Dialect):
         """What it says before it calls tools: the next turn needs it, no reader."""
         plan = message.get("tool_plan")
         if isinstance(plan, str) and plan:
-            plans = answer.memory.setdefault("plan", TextBuffer(answer.limits.text))
-            plans.add(plan)
+            answer.keep(plan)
+            answer.memory.setdefault("plan", TextBuffer(Room())).add(plan)
 
     def _read_content(self, content: dict[str, Any], answer: Answer) -> None:
         answer.reasoning(content.get("thinking"))
@@ -3556,6 +3627,7 @@ def _is_ours(kind: type) -> bool:
 
 _PATIENCE = 8  # events looked at in vain before it gives up
 _PORTION = 2048  # bytes of a few events
+_LESSON = 8192  # bytes of an event to learn from, which takes quadratic time
 _LARGE = 262144  # patterns remember too much of a larger region
 
 
@@ -3829,7 +3901,7 @@ class _Intake:
     def _take_portion(self, region: bytes) -> None:
         """Read events one by one, and learn from the last of them."""
         events = self._take_blocks(region)
-        if events and self._patience and self._answer.out and len(region) < _LARGE:
+        if events and self._patience and self._answer.out:
             self._learn(region, events[-1])
 
     def _take_blocks(self, region: bytes) -> list[ServerSentEvent]:
@@ -3875,6 +3947,8 @@ class _Intake:
         terminator = cast("_Decoder", self._decoder).terminator
         start = region.rfind(terminator, 0, len(region) - len(terminator))
         block = region[start + len(terminator) :] if start >= 0 else region
+        if len(block) > _LESSON:
+            return
         try:
             self._shape = _Lesson(self._dialect, block, event).shape()
         except (StreamingError, *_ODDITIES):
@@ -6033,7 +6107,7 @@ class ChatStream:
         (observers are told by ``on_restart``).  If some of it was handed out before,
         the rest is as strict as the loop.
 
-        :raises StreamLimitError: the text is longer than ``Limits.text`` keeps.
+        :raises StreamLimitError: the answer is longer than ``Limits.text`` keeps.
         :raises StreamingError: as the loop does.
         """
         chat = self._chat
@@ -6044,7 +6118,7 @@ class ChatStream:
         if chat.closed:
             message = "the stream was closed before its end"
             raise StreamAbortedError(message, result=chat.result(), **facts)
-        if chat.answer.received.dropped:
+        if chat.answer.dropped:
             raise StreamLimitError(
                 f"the answer is longer than Limits(text={chat.limits.text}) keeps",
                 limit="text",
@@ -6467,7 +6541,7 @@ def complete_chat(
 
     :raises TypeError: as :func:`stream_chat` does.
     :raises ValueError: as :func:`stream_chat` does.
-    :raises StreamLimitError: the text is longer than ``Limits.text`` keeps.
+    :raises StreamLimitError: the answer is longer than ``Limits.text`` keeps.
     :raises StreamingError: the answer could not be completed.
     """
     return stream_chat(messages, model, **arguments).complete()

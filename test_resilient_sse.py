@@ -844,6 +844,15 @@ def test_a_mebibyte_byte_by_byte_costs_a_fixed_price_per_byte(stream, size):
     assert core_cpu_seconds(stream(size), 1) < 24 * base + 0.5
 
 
+@pytest.mark.parametrize("field", [b"data: ", b"event: ", b"id: "])
+def test_a_line_full_of_field_names_is_searched_once(field):
+    raw = field * (2**21 // len(field)) + b"\n: a comment\n\ndata: x\n\n"
+    started = time.process_time()
+    assert rs.SSEDecoder().feed(raw)[-1].data == "x"
+    # Searched once for each name in it, it would take a quarter of an hour.
+    assert time.process_time() - started < 10
+
+
 @pytest.mark.parametrize("size", [7, 4096, 2**21])
 def test_a_mebibyte_of_small_events_costs_the_same_in_any_pieces(size):
     raw = b"data: hello\n\n: ping\n\n" * 50000
@@ -1183,7 +1192,7 @@ def test_a_choice_that_finishes_does_not_end_a_call_of_another_one():
 
 @pytest.mark.parametrize("limit", [None, 1, 4, 5, 6, 100])
 def test_a_text_buffer_keeps_up_to_its_limit_and_counts_the_rest(limit):
-    buffer = rs.TextBuffer(limit)
+    buffer = rs.TextBuffer(rs.Room(limit))
     for text in ["ab", "", "cde", "f"]:
         buffer.add(text)
     kept = "abcdef"[:limit]
@@ -1192,7 +1201,7 @@ def test_a_text_buffer_keeps_up_to_its_limit_and_counts_the_rest(limit):
 
 
 def test_a_text_buffer_is_cheap_for_a_million_small_pieces():
-    buffer = rs.TextBuffer()
+    buffer = rs.TextBuffer(rs.Room())
     started = time.process_time()
     for _ in range(200000):
         buffer.add("x")
@@ -1222,17 +1231,198 @@ def test_arguments_past_the_limit_are_an_error_and_never_half_a_call():
     assert caught.value.result.tool_calls == ()
 
 
-@pytest.mark.parametrize("what", ["choices", "calls"])
-def test_choices_and_calls_without_end_are_an_error(what):
-    chunks = [
-        core_delta("x", i)
-        if what == "choices"
-        else core_delta("", tool_calls=[{"index": i, "function": {"name": "f"}}])
-        for i in range(10050)
-    ]
-    stream = rs.ChatStream.replay(core_sse(*chunks))
-    with pytest.raises(rs.StreamLimitError):
+@pytest.mark.parametrize(
+    "chunk_of",
+    [
+        lambda i: core_delta("x", i),
+        lambda i: core_delta("\ud83d", i),  # half of a pair, held back
+        lambda i: core_delta("", tool_calls=[{"index": i, "function": {"name": "f"}}]),
+        lambda i: core_finish("stop", i),
+    ],
+    ids=["choices", "halves of characters", "calls", "finish reasons"],
+)
+def test_choices_and_calls_without_end_are_an_error(chunk_of):
+    stream = rs.ChatStream.replay(core_sse(*map(chunk_of, range(1100))))
+    with pytest.raises(rs.StreamLimitError, match="choices or tool calls"):
         stream.complete()
+
+
+def test_other_choices_share_the_room_of_one_text():
+    raw = core_sse(
+        core_delta("ab"),
+        core_delta("cde", 1),
+        core_delta("", reasoning_content="abcdef"),
+        core_delta("xyz", 2),
+        core_finish(),
+        core_finish(index=1),
+        core_finish(index=2),
+        CORE_DONE,
+    )
+    stream = rs.ChatStream.replay(raw, limits=rs.Limits(text=5))
+    assert [delta.text for delta in stream.deltas()] == ["ab", "cde", "abcdef", "xyz"]
+    assert stream.result.choices == {0: "ab", 1: "cde", 2: "xy"}
+    assert stream.result.reasoning == "abcde"
+    assert stream.stats.text_dropped == 2
+
+
+def test_a_result_whose_reasoning_was_not_kept_is_an_error():
+    raw = core_sse(
+        core_delta("ab", reasoning_content="abcdef"), core_finish(), CORE_DONE
+    )
+    with pytest.raises(rs.StreamLimitError) as caught:
+        rs.ChatStream.replay(raw, limits=rs.Limits(text=5)).complete()
+    assert (caught.value.text, caught.value.result.reasoning) == ("ab", "abcde")
+
+
+def core_block_start(index=0, **block):
+    return {"type": "content_block_start", "index": index, "content_block": block}
+
+
+def core_block_delta(kind, **delta):
+    delta["type"] = kind
+    return {"type": "content_block_delta", "index": 0, "delta": delta}
+
+
+def core_gemini_part(**part):
+    return {"candidates": [{"index": 0, "content": {"parts": [part]}}]}
+
+
+CORE_KILO = "k" * 1000
+
+# dialect, the first chunk, the i-th of those that follow without end
+CORE_HOARDS = {
+    "names of calls": (
+        "openai",
+        core_delta("x"),
+        lambda i: core_call_named(CORE_KILO + str(i)),
+    ),
+    "IDs of calls": (
+        "openai",
+        core_delta("x"),
+        lambda i: core_call(i % 1000, CORE_KILO * 2 + str(i)),
+    ),
+    "arguments of many calls": (
+        "openai",
+        core_delta("x"),
+        lambda i: core_call(i % 900, None, CORE_KILO),
+    ),
+    "blocks": (
+        "anthropic",
+        core_block_start(type="text"),
+        lambda i: core_block_start(i, type="new", data=CORE_KILO),
+    ),
+    "empty blocks": (
+        "anthropic",
+        core_block_start(type="text"),
+        lambda i: core_block_start(i, type="text"),
+    ),
+    "a signature": (
+        "anthropic",
+        core_block_start(type="thinking"),
+        lambda i: core_block_delta("signature_delta", signature=CORE_KILO),
+    ),
+    "citations": (
+        "anthropic",
+        core_block_start(type="text"),
+        lambda i: core_block_delta("citations_delta", citation={"x": CORE_KILO}),
+    ),
+    "input of the provider's tool": (
+        "anthropic",
+        core_block_start(type="server_tool_use"),
+        lambda i: core_block_delta("input_json_delta", partial_json=CORE_KILO),
+    ),
+    "places in the output": (
+        "openai-responses",
+        {"type": "response.created", "response": {"id": "r"}},
+        lambda i: {
+            "type": "response.output_text.delta",
+            "output_index": [i, CORE_KILO],
+            "delta": "x",
+        },
+    ),
+    "images": (
+        "gemini",
+        core_gemini_part(text="x"),
+        lambda i: core_gemini_part(inlineData={"data": CORE_KILO}),
+    ),
+    "thoughts between texts": (
+        "gemini",
+        core_gemini_part(text="x"),
+        lambda i: core_gemini_part(text="x", thought=bool(i % 2)),
+    ),
+    "paths of arguments": (
+        "gemini",
+        core_gemini_part(functionCall={"name": "f", "willContinue": True}),
+        lambda i: core_gemini_part(
+            functionCall={
+                "partialArgs": [{"jsonPath": f"$.{CORE_KILO}{i}", "numberValue": 1}],
+                "willContinue": True,
+            }
+        ),
+    ),
+    "a tool plan": (
+        "cohere",
+        {"type": "message-start"},
+        lambda i: {
+            "type": "tool-plan-delta",
+            "delta": {"message": {"tool_plan": CORE_KILO}},
+        },
+    ),
+}
+
+
+def core_call_named(name):
+    call = {"index": 0, "id": "a", "function": {"name": name, "arguments": ""}}
+    return core_delta(None, tool_calls=[call])
+
+
+@pytest.mark.parametrize(
+    "dialect, first, next_of", CORE_HOARDS.values(), ids=CORE_HOARDS
+)
+def test_nothing_that_is_kept_of_a_stream_grows_without_end(dialect, first, next_of):
+    limits = rs.Limits(text=1000)
+    answer = rs.Answer(limits)
+    intake = rs._Intake(rs.DIALECTS[dialect], answer, limits)
+    intake.feed(core_body(dialect, [first]))
+    seen = 0
+    while answer.error is None and seen < 40000:
+        intake.feed(core_body(dialect, map(next_of, range(seen, seen + 1000))))
+        seen += 1000
+    assert isinstance(answer.error, rs.StreamLimitError)
+    assert answer.error.limit == "text"
+
+
+def test_usage_that_grows_without_end_is_not_kept():
+    answer = rs.Answer()
+    intake = rs._Intake(rs.DIALECTS["anthropic"], answer, rs.Limits(malformed=None))
+    for i in range(200):
+        usage = {"output_tokens": i, str(i): CORE_KILO}
+        intake.feed(core_sse({"type": "message_delta", "usage": usage, "delta": {}}))
+    assert len(repr(answer.usage)) < 70000
+    assert answer.malformed > 100
+
+
+def test_many_places_of_one_text_do_not_make_learning_slow():
+    same = {f"k{i}": "x" for i in range(15000)}
+    chunk = {**core_delta("x"), "more": same}
+    started = time.process_time()
+    stream = rs.ChatStream.replay(core_sse(*[chunk] * 10, core_finish(), CORE_DONE))
+    assert stream.complete().text == "x" * 10
+    # Tried with other words in each place, it would take a quarter of an hour.
+    assert time.process_time() - started < 10
+
+
+@pytest.mark.parametrize(
+    "path", ["['" * 500000, "[" + "9" * 500000 + "]"], ids=["quotes", "digits"]
+)
+def test_odd_paths_of_arguments_cost_no_quadratic_time(path):
+    call = {"name": "f", "partialArgs": [{"jsonPath": path, "stringValue": "x"}]}
+    raw = core_sse(core_gemini_part(functionCall=call))
+    started = time.process_time()
+    answer = rs.Answer()
+    rs._Intake(rs.DIALECTS["gemini"], answer, rs.Limits()).feed(raw)
+    assert answer.calls_begun == 1
+    assert time.process_time() - started < 10
 
 
 @pytest.mark.parametrize(
