@@ -3625,6 +3625,12 @@ def _is_ours(kind: type) -> bool:
     )
 
 
+_HEAD = 4096  # bytes in which a body shows what it is
+#: Nothing yet, or a brace that may begin a JSON line or a JSON text of many lines.
+_UNDECIDED = re.compile(rb"(?:\{[ \t]*\r?)?\Z")
+#: How no JSON line begins: an array, JSON of many lines, a field or a comment.
+_NO_JSON_LINE = re.compile(rb"\[|\{[ \t]*\r?\n|[deir:]")
+
 _PATIENCE = 8  # events looked at in vain before it gives up
 _PORTION = 2048  # bytes of a few events
 _LESSON = 8192  # bytes of an event to learn from, which takes quadratic time
@@ -3820,31 +3826,31 @@ class _Intake:
         return answer.take()
 
     def _choose_decoder(self, chunk: bytes) -> bytes:
-        """Look at the first byte that is not blank."""
+        """Look at the first bytes that are not blank.
+
+        :returns: what the decoder is to begin with; nothing, if more must be seen.
+        """
         self._first += chunk
-        head = self._first[:4096].lstrip(_BOM).lstrip()
-        if not head and len(self._first) < 4096:
+        head = self._first[:_HEAD].lstrip(_BOM).lstrip()
+        if len(self._first) < _HEAD and _UNDECIDED.match(head):
             return b""
         if head.startswith(b"<"):
             raise MalformedStreamError(
                 "the server sent HTML, not a stream: is the base URL right, or does a "
                 f"proxy stand between? It begins with {_excerpt(head)!r}"
             )
-        lines = self._dialect.framing == "ndjson"
-        if lines and re.match(rb"\{[ \t]*\r?\Z", head) and len(head) < 4096:
-            return b""  # the next byte tells
-        if head.startswith((b"{", b"[")):
-            one_line = head[:1] == b"{" and not re.match(rb"\{[ \t]*\r?\n", head)
-            kind = _LineDecoder if lines and one_line else _WholeDecoder
-            self._decoder = kind(self._limits)
-        elif lines and head[:1] not in (b"d", b"e", b"i", b"r", b":"):
-            self._decoder = _LineDecoder(self._limits)
-        else:
-            self._decoder = _EventDecoder(limits=self._limits)
+        self._decoder = self._decoder_for(head)
         first, self._first = self._first, b""
         if first.startswith(_BOM) and isinstance(self._decoder, _LineDecoder):
             return first[len(_BOM) :]
         return first
+
+    def _decoder_for(self, head: bytes) -> _Decoder:
+        if self._dialect.framing == "ndjson" and not _NO_JSON_LINE.match(head):
+            return _LineDecoder(self._limits)
+        if head.startswith((b"{", b"[")):
+            return _WholeDecoder(self._limits)
+        return _EventDecoder(limits=self._limits)
 
     def _take(self, region: bytes) -> None:
         """Read a region of complete events.
