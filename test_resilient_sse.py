@@ -5492,30 +5492,51 @@ def test_ollama_continues_a_raw_prompt_exactly():
 DL_LONG = "The quick brown fox jumps over the lazy dog and runs away "
 
 
+def dl_ollama_text(text):
+    return dl_line({"message": {"content": text}, "response": text})
+
+
+# dialect: how its body begins with a text, and how it ends after it; others are OpenAI's
+DL_ANSWERS = {
+    "openai": (
+        lambda text: dl_chunk({"content": text}),
+        lambda text: dl_chunk({}, "stop"),
+    ),
+    "openai-completions": (
+        lambda text: dl_data({"choices": [{"text": text}]}),
+        lambda text: dl_data({"choices": [{"text": "", "finish_reason": "stop"}]}),
+    ),
+    "openai-responses": (
+        lambda text: dl_created() + dl_part("output_text.delta", 1, text),
+        lambda text: dl_ended(2, [dl_said(text)]),
+    ),
+    "anthropic": (
+        lambda text: b"".join(
+            dl_block(0, dl_delta("text", text), type="text", text="")[:2]
+        ),
+        lambda text: b"".join(dl_claude_end("end_turn")),
+    ),
+    "gemini": (
+        lambda text: dl_gemini({"text": text}),
+        lambda text: dl_gemini(finishReason="STOP"),
+    ),
+    "cohere": (
+        lambda text: dl_cohere_text("content-delta", text=text),
+        lambda text: dl_finish("cohere", "COMPLETE"),
+    ),
+    "ollama": (dl_ollama_text, lambda text: dl_finish("ollama", "stop")),
+    "ollama-generate": (dl_ollama_text, lambda text: dl_finish("ollama", "stop")),
+    "tgi": (
+        lambda text: dl_data({"token": {"text": text}}),
+        lambda text: dl_finish("tgi", "length"),
+    ),
+}
+
+
 def dl_text(dialect, text, end=False):
     """A body that brings text, and its end if there is to be one."""
-    if dialect == "openai-completions":
-        body = dl_data({"choices": [{"text": text}]})
-        finish = dl_data({"choices": [{"text": "", "finish_reason": "stop"}]})
-    elif dialect == "openai-responses":
-        body = dl_created() + dl_part("output_text.delta", 1, text)
-        finish = dl_ended(2, [dl_said(text)])
-    elif dialect == "anthropic":
-        body = b"".join(dl_block(0, dl_delta("text", text), type="text", text="")[:2])
-        finish = b"".join(dl_claude_end("end_turn"))
-    elif dialect == "gemini":
-        body, finish = dl_gemini({"text": text}), dl_gemini(finishReason="STOP")
-    elif dialect == "cohere":
-        body = dl_cohere_text("content-delta", text=text)
-        finish = dl_finish("cohere", "COMPLETE")
-    elif dialect.startswith("ollama"):
-        body = dl_line({"message": {"content": text}, "response": text})
-        finish = dl_finish("ollama", "stop")
-    elif dialect == "tgi":
-        body, finish = dl_data({"token": {"text": text}}), dl_finish("tgi", "length")
-    else:
-        body, finish = dl_chunk({"content": text}), dl_chunk({}, "stop")
-    return body + finish if end else body
+    begin, finish = DL_ANSWERS.get(dialect, DL_ANSWERS["openai"])
+    return begin(text) + (finish(text) if end else b"")
 
 
 def dl_resume(dialect, first, second, model="m1", **more):
