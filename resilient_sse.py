@@ -688,6 +688,7 @@ _BOM = codecs.BOM_UTF8
 _FIELDS = ("", "data", "event", "id", "retry")
 _RETRY_LINE = re.compile(rb"^retry: ?([0-9]+)$", re.MULTILINE)
 _STRAY_LINES = 256
+_STRAY_BYTES = 65536  # of one of them; no error needs more
 
 
 #: What nearly every event looks like; other blocks are read line by line.
@@ -777,7 +778,7 @@ class SSEDecoder:
         """
         self._check()
         rest = self._head + bytes(self._pending)
-        for line in rest.decode("utf-8", "replace").split("\n"):
+        for line in _decoded(rest[:_STRAY_BYTES]).split("\n"):
             self._note_stray(line)
         self._head = b""
         self._pending = b""
@@ -943,7 +944,7 @@ class SSEDecoder:
     def _note_stray(self, line: str) -> None:
         if line.partition(":")[0] in _FIELDS or len(self._stray) >= _STRAY_LINES:
             return
-        self._stray.append(line[:65536])
+        self._stray.append(line[:_STRAY_BYTES])
 
 
 # ---------------------------------------------------------------------------
@@ -1200,6 +1201,7 @@ class Answer(_Kept):
         self.seam = seam
         self.usage: Usage | None = None
         self.out: list[Piece] = []
+        self._measured = (self.out, 0, 0)  # how many of them, and their characters
         self.finishes: dict[int, tuple[str, str | None]] = {}
         self.expected = 1
         self.ended = False
@@ -1315,8 +1317,16 @@ class Answer(_Kept):
             return self._side[kind, 0].kept if (kind, 0) in self._side else 0
         if self.seam is not None and self.seam.replays:
             return self.seam.position
-        pending = sum(len(piece) for piece in self.out if isinstance(piece, str))
-        return self.received.kept + pending
+        return self.received.kept + self._measure()
+
+    def _measure(self) -> int:
+        """Characters of visible text among the pieces that wait to be taken."""
+        out, count, size = self._measured
+        if out is not self.out:
+            out, count, size = self.out, 0, 0
+        size += sum(len(piece) for piece in out[count:] if isinstance(piece, str))
+        self._measured = (out, len(out), size)
+        return size
 
     # -- what the loop calls
 
@@ -2989,24 +2999,14 @@ class Gemini(Dialect):
         answer.close_call(key)
 
     def message(self, answer: Answer, text: str) -> Any:
-        parts = [
-            self._noted(part, answer.parts[i + 1 :], text)
-            for i, part in enumerate(answer.parts)
-        ]
-        return {"role": "model", "parts": parts or [{"text": text}]}
-
-    def _noted(
-        self, part: dict[str, Any], later: list[dict[str, Any]], text: str
-    ) -> dict[str, Any]:
-        if not isinstance(part.get("text"), tuple):
-            return part
-        start, length = part["text"]
-        if length is None:
-            starts = (p["text"][0] for p in later if isinstance(p.get("text"), tuple))
-            end = next(starts, len(text))
-        else:
-            end = start + length
-        return {**part, "text": text[start:end]}
+        parts, end = [], len(text)
+        for part in reversed(answer.parts):  # a run of text ends where the next begins
+            if isinstance(part.get("text"), tuple):
+                start, length = part["text"]
+                stop = end if length is None else start + length
+                part, end = {**part, "text": text[start:stop]}, start
+            parts.append(part)
+        return {"role": "model", "parts": parts[::-1] or [{"text": text}]}
 
     def add_turns(
         self, body: dict[str, Any], turns: Sequence[tuple[str, str]]
