@@ -1,7 +1,7 @@
 """Measure resilient_sse against its peers: one command runs all of it.
 
     pip install -e .[bench]              # Python 3.10 or later for this folder
-    python benchmarks/run.py             # about five minutes
+    python benchmarks/run.py             # about seven minutes
     python benchmarks/run.py --quick     # about one
     python benchmarks/run.py --only cpu --only decoder
 
