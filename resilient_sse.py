@@ -957,6 +957,7 @@ class SSEDecoder:
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MOST_CALLS = 1024  # tool calls, or choices: far more than any provider allows
 _LONGEST_WORD = 1000  # characters of a finish reason
+_LARGEST_USAGE = 65536  # characters of usage, which is a few numbers
 
 
 _SHORT = 640  # characters; an integer of fewer is as cheap as any
@@ -1015,6 +1016,8 @@ class TextBuffer:
             text = text[: int(room.left)]
             self.dropped += size - len(text)
             size = len(text)
+        if not size:
+            return
         room.left -= size
         self.kept += size
         self._tail.append(text)
@@ -1039,6 +1042,7 @@ class _OpenCall:
         self.arguments = TextBuffer(room)
         self.closed = False
         self.is_json = True
+        self.told: dict[str, Any] = {}  # the data of its last delta
 
     def whole(self) -> ToolCall | None:
         """The call, if it was closed and its arguments are what they should be."""
@@ -1054,7 +1058,7 @@ class _OpenCall:
         return ToolCall(self.id, self.name, arguments or "{}")
 
 
-_EACH_KEPT = 100  # characters that a kept value costs beside its own
+_EACH_KEPT = 100  # bytes that an object, array or other kept value takes by itself
 
 
 def _room_for_parts(text: int | None) -> int | None:
@@ -1083,7 +1087,9 @@ class _Kept:
 
         :raises StreamLimitError: all of these together have become too large.
         """
-        self._for_parts.left -= _EACH_KEPT + len(repr(value))
+        shown = repr(value)
+        objects = 1 + shown.count("{") + shown.count("[")
+        self._for_parts.left -= len(shown) + objects * _EACH_KEPT
         if self._for_parts.left < 0:
             self._fail_on_limit("the parts of the answer")
 
@@ -1255,7 +1261,9 @@ class Answer(_Kept):
         self.last_kind = "tool_call"
         if arguments:
             self._move()
-        self.out.append(Delta("tool_call", arguments, call.choice, data))
+        if arguments or data != call.told:
+            call.told = data
+            self.out.append(Delta("tool_call", arguments, call.choice, data))
 
     def finish(self, reason: str, raw: Any, index: Any = 0) -> None:
         """Note that a choice has finished.
@@ -1273,6 +1281,9 @@ class Answer(_Kept):
 
     def count(self, input_tokens: Any, output_tokens: Any, raw: dict[str, Any]) -> None:
         """Note usage; the last word counts."""
+        if len(repr(raw)) > _LARGEST_USAGE:
+            self.odd(raw)
+            return
         usage = Usage(_count(input_tokens), _count(output_tokens), raw)
         if self.usage is None or usage[:2] != self.usage[:2]:
             self.progress += 1
@@ -1548,6 +1559,7 @@ class ContinueSeam(Seam):
         super().__init__(text)
         self._sent = sent
         self._space = text[len(sent) :]
+        self._skipped = 0  # so much of that space has come again
         self._over = not sent
 
     def feed(self, text: str) -> str:
@@ -1571,7 +1583,7 @@ class ContinueSeam(Seam):
 
     @property
     def is_over(self) -> bool:
-        return self._over and not self._space
+        return self._over and self._skipped >= len(self._space)
 
     def _settle(self, text: str) -> str:
         self._over = True
@@ -1579,8 +1591,9 @@ class ContinueSeam(Seam):
 
     def _without_space(self, text: str) -> str:
         """Leave out the whitespace that was stripped; it may come in pieces."""
-        known = _common_length(self._space, text)
-        self._space = self._space[known:] if known == len(text) else ""
+        space = self._space[self._skipped : self._skipped + len(text)]
+        known = _common_length(space, text)
+        self._skipped += known if known == len(text) else len(self._space)
         return text[known:]
 
 
@@ -1623,7 +1636,18 @@ def _common_length(one: str, other: str) -> int:
 def _is_distinct(text: str) -> bool:
     """Whether a copy of text cannot be mistaken for a continuation of it."""
     half = len(text) // 2
-    return len(text) >= 32 and text.find(text[:half], 1, 2 * half) < 0
+    if len(text) < 32:
+        return False
+    first, known = text[:half], text[: min(half, 64)]
+    place = 0
+    # Not find(first), which takes quadratic time before Python 3.10.
+    for _ in range(100):
+        place = text.find(known, place + 1, half + len(known))
+        if place < 0:
+            return True
+        if text.startswith(first, place):
+            return False
+    return False  # too regular to go on
 
 
 # ---------------------------------------------------------------------------
@@ -2698,11 +2722,7 @@ class Anthropic(Dialect):
             answer.odd(usage)
             return
         news = {name: count for name, count in usage.items() if count is not None}
-        known = {**answer.memory.get("usage", {}), **news}
-        if len(repr(known)) > _BODY_KEPT:
-            answer.odd(usage)
-            return
-        answer.memory["usage"] = known
+        known = {**(answer.usage.raw if answer.usage else {}), **news}
         answer.count(known.get("input_tokens"), known.get("output_tokens"), known)
 
     def _read_start(self, chunk: dict[str, Any], answer: Answer) -> None:
@@ -3025,6 +3045,12 @@ class Gemini(Dialect):
 _PATH_STEP = re.compile(r"""\[(\d{1,9})\]|\['([^']*)'\]|\["([^"]*)"\]|([^.\[\]$]+)""")
 
 
+def _steps_of(path: str) -> Iterator[int | str]:
+    for found in _PATH_STEP.finditer(path):
+        number, single, double, name = found.groups("")
+        yield int(number) if number else single or double or name
+
+
 class _PartialArguments:
     """Arguments that come as values at paths such as ``$.days[0].name``."""
 
@@ -3039,7 +3065,10 @@ class _PartialArguments:
         if name is None:
             return
         value = None if name == "nullValue" else piece[name]
-        self._answer.keep(value if path in self._values else (path, value))
+        self._answer.keep(value)
+        if path not in self._values:
+            for step in _steps_of(path):
+                self._answer.keep(step)
         if isinstance(value, str):
             if not isinstance(self._values.get(path), TextBuffer):
                 self._values[path] = TextBuffer(Room())
@@ -3052,10 +3081,7 @@ class _PartialArguments:
         arguments: dict[str, Any] = {}
         for path, value in self._values.items():
             value = value.text if isinstance(value, TextBuffer) else value
-            steps = [
-                int(number) if number else single or double or name
-                for number, single, double, name in _PATH_STEP.findall(path)
-            ]
+            steps = list(_steps_of(path))
             node: Any = arguments
             for place, step in enumerate(steps[:-1], 1):
                 node = _put(node, step, [] if isinstance(steps[place], int) else {})
@@ -3555,7 +3581,7 @@ class _Lesson(NamedTuple):
         holes = self._holes(str(piece))
         kinds = [kind for *_, kind in holes]
         literals = _literals(block, start, holes)
-        if kinds.count("text") != 1 or not all(literals):
+        if kinds.count("text") != 1 or len(kinds) > _MOST_HOLES or not all(literals):
             return None
         return _Shape(
             piece.kind if isinstance(piece, Delta) else "text", literals, kinds
@@ -3587,7 +3613,7 @@ class _Lesson(NamedTuple):
     def _holes(self, text: str) -> list[tuple[int, int, str]]:
         """Where the event varies: ``(start, end, kind)`` in its data, in order."""
         data, dialect = self.event.data, self.dialect
-        holes = []
+        holes, texts = [], []
         for token in _JSON_STRING.finditer(data):
             key = _key_before(data, token.start())
             number = _JSON_NUMBER.match(data, token.end())
@@ -3599,17 +3625,18 @@ class _Lesson(NamedTuple):
                     holes.append((*number.span(1), "number"))
             elif key in dialect.idle_keys:
                 holes.append((token.start() + 1, token.end() - 1, "idle"))
-            elif key is not None and self._brings(token, text):
-                holes.append((token.start() + 1, token.end() - 1, "text"))
+            elif key is not None and parse_json(token.group()) == text:
+                texts.append(token)
+        if len(texts) <= _MOST_HOLES:
+            texts = [token for token in texts if self._brings(token, text)]
+        holes += [(token.start() + 1, token.end() - 1, "text") for token in texts]
         if dialect.pads:
             end = len(data.rstrip()[:-1])
             holes.append((len(data[:end].rstrip()), end, "spaces"))
-        return holes
+        return sorted(holes)
 
     def _brings(self, token: Any, text: str) -> bool:
         """Whether any string in place of this one would be the text instead."""
-        if parse_json(token.group()) != text:
-            return False
         data, other = self.event.data, text + "?"
         before, after = data[: token.start()], data[token.end() :]
         if self._pieces(f'{before}""{after}') != []:
@@ -3633,7 +3660,8 @@ _NO_JSON_LINE = re.compile(rb"\[|\{[ \t]*\r?\n|[deir:]")
 
 _PATIENCE = 8  # events looked at in vain before it gives up
 _PORTION = 2048  # bytes of a few events
-_LESSON = 8192  # bytes of an event to learn from, which takes quadratic time
+_LESSON = 8192  # bytes of an event to learn from
+_MOST_HOLES = 16  # and strings in it to look into: each takes as long as the event
 _LARGE = 262144  # patterns remember too much of a larger region
 
 
@@ -3761,6 +3789,8 @@ class _Reader:
             ) from None
         for part in document if isinstance(document, list) else [document]:
             self._read_chunk(_dict(part), self._dialect.read_whole)
+            if answer.ended or answer.error is not None:
+                break
         has_answer = answer.out or answer.finishes or answer.calls_begun
         if not has_answer and answer.error is None:
             keys = ", ".join(sorted(map(str, _dict(document)))[:8]) or "no keys"
@@ -5028,19 +5058,19 @@ class _Exchange(_Failures):
         raise error
 
     def _read_error_body(self) -> bytes:
-        pieces: list[bytes] = []
+        body = bytearray()
         self._deadlines.expect_end(_now())
         try:
-            while sum(map(len, pieces)) < _BODY_KEPT:
+            while len(body) < _BODY_KEPT:
                 piece = self.read(_now())
                 if not piece:
                     break
-                pieces.append(piece)
+                body += piece
         except StreamingError as error:
             if isinstance(error, StreamTimeoutError) and error.kind == "total":
                 raise
             logger.debug("the error body broke off: %s", error)
-        return b"".join(pieces)[:_BODY_KEPT]
+        return bytes(body[:_BODY_KEPT])
 
     def read(self, now: float) -> bytes:
         """Return the next bytes of the body; b"" at its clean end.

@@ -1200,6 +1200,14 @@ def test_a_text_buffer_keeps_up_to_its_limit_and_counts_the_rest(limit):
     assert buffer.dropped == 6 - len(kept)
 
 
+def test_a_text_buffer_keeps_no_pieces_that_have_no_characters():
+    buffer = rs.TextBuffer(rs.Room(5))
+    for text in ["abc", *[""] * 5000, "def", *["x"] * 5000]:
+        buffer.add(text)
+    assert (buffer.text, buffer.dropped) == ("abcde", 5001)
+    assert len(buffer._tail) + len(buffer._blocks) == 2
+
+
 def test_a_text_buffer_is_cheap_for_a_million_small_pieces():
     buffer = rs.TextBuffer(rs.Room())
     started = time.process_time()
@@ -1392,6 +1400,55 @@ def test_nothing_that_is_kept_of_a_stream_grows_without_end(dialect, first, next
     assert answer.error.limit == "text"
 
 
+def test_objects_without_words_take_room_too():
+    limits = rs.Limits(text=1000)
+    answer = rs.Answer(limits)
+    block = core_block_start(type="new", data=[{}] * 15000)
+    rs._Intake(rs.DIALECTS["anthropic"], answer, limits).feed(core_sse(block))
+    assert isinstance(answer.error, rs.StreamLimitError)
+
+
+def test_a_deep_path_of_arguments_takes_room_for_each_step():
+    limits = rs.Limits(text=1000)
+    answer = rs.Answer(limits)
+    call = {"name": "f", "partialArgs": [{"jsonPath": "$" + ".a" * 20000}]}
+    call["partialArgs"][0]["numberValue"] = 1
+    raw = core_sse(core_gemini_part(functionCall=call))
+    rs._Intake(rs.DIALECTS["gemini"], answer, limits).feed(raw)
+    assert isinstance(answer.error, rs.StreamLimitError)
+
+
+def test_usage_that_is_no_usage_is_not_kept():
+    usage = {"prompt_tokens": 1, "x": [{"": 0}] * 20000}
+    stream = rs.ChatStream.replay(
+        core_sse(core_delta("Hi"), core_finish(), {"usage": usage}, CORE_DONE)
+    )
+    result = stream.complete()
+    assert (result.text, result.usage, result.stats.malformed) == ("Hi", None, 1)
+
+
+def test_fragments_of_a_call_that_say_nothing_new_are_no_deltas():
+    call = {"index": 0, "id": "a", "function": {"name": "f"}}
+    calls = [{}, {}, call, {}, call, {"function": {"arguments": "{}"}}, {}]
+    raw = core_sse(core_delta(None, tool_calls=calls), core_finish(), CORE_DONE)
+    stream = rs.ChatStream.replay(raw)
+    told = [(d.text, d.data["id"], d.data["name"]) for d in stream.deltas()]
+    assert told == [("", None, ""), ("", "a", "f"), ("{}", "a", "f")]
+
+
+def test_nothing_behind_the_end_of_a_whole_answer_is_read():
+    item = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}
+    more = {"output": [{"type": "message", "content": [{"type": "output_text"}]}]}
+    more["output"][0]["content"][0]["text"] = "more"
+    whole = [{"status": "completed", "output": [item] * 1000}, more, *[0] * 200000]
+    started = time.process_time()
+    stream = rs.ChatStream.replay(json.dumps(whole).encode(), "openai-responses")
+    assert list(stream) == []
+    assert len(stream.result.tool_calls) == 1000
+    # Ended anew by each zero, the calls would take a minute.
+    assert time.process_time() - started < 10
+
+
 def core_many_blocks(count):
     start = json.dumps(core_block_start(type="text", text="a"))
     return core_sse(*[f"data: {start}"] * count)
@@ -1426,12 +1483,15 @@ def test_usage_that_grows_without_end_is_not_kept():
     assert answer.malformed > 100
 
 
-def test_many_places_of_one_text_do_not_make_learning_slow():
-    same = {f"k{i}": "x" for i in range(15000)}
-    chunk = {**core_delta("x"), "more": same}
+@pytest.mark.parametrize("places, chunks", [(15000, 10), (600, 2000)])
+def test_many_places_of_one_text_do_not_make_learning_slow(places, chunks):
+    same = {f"k{i}": "x" for i in range(places)}
+    # Each comes twice, so that what was learned is found to be of use.
+    many = [{f"{i // 2}": 0, **core_delta("x"), "more": same} for i in range(chunks)]
+    raw = core_sse(*many, core_finish(), CORE_DONE)
     started = time.process_time()
-    stream = rs.ChatStream.replay(core_sse(*[chunk] * 10, core_finish(), CORE_DONE))
-    assert stream.complete().text == "x" * 10
+    stream = rs.ChatStream.replay(raw)
+    assert stream.complete().text == "x" * chunks
     # Tried with other words in each place, it would take a quarter of an hour.
     assert time.process_time() - started < 10
 
@@ -2024,6 +2084,29 @@ def test_a_copy_that_may_be_new_text_is_an_error_that_says_so(text):
 )
 def test_a_copy_can_be_told_apart_if_it_is_long_and_not_periodic(text, distinct):
     assert rs._is_distinct(text) is distinct
+
+
+@core_settings(200)
+@given(st.lists(st.sampled_from(["a", "b", "ab", "a" * 20, "ab" * 9]), max_size=30))
+def test_a_copy_is_told_apart_as_the_first_half_says(words):
+    text = "".join(words)
+    half = len(text) // 2
+    again = text.find(text[:half], 1, 2 * half) >= 0
+    if rs._is_distinct(text):
+        assert len(text) >= 32 and not again
+    elif len(text) >= 32 and not again:
+        assert text.count(text[: min(half, 64)]) > 1  # given up, after many places
+
+
+def test_long_regular_texts_cost_no_quadratic_time_at_a_seam():
+    text = "a" * 500000 + "b" + "a" * 1500000
+    started = time.process_time()
+    assert not rs._is_distinct(text)
+    seam = rs.ContinueSeam("x" * 40 + " " * 500000, "x" * 40)
+    assert not any(seam.feed(" ") for _ in range(500000))
+    assert (seam.is_over, seam.feed(" y")) == (True, " y")
+    # Cut anew for each delta, or compared from each place, it would take minutes.
+    assert time.process_time() - started < 10
 
 
 @core_settings(200)
