@@ -1170,7 +1170,8 @@ class _Kept:
 
     def _guard_count(self, count: int) -> None:
         if count >= _MOST_CALLS:
-            self._fail_on_limit("the choices or tool calls")
+            message = f"the answer has more than {_MOST_CALLS} choices or tool calls"
+            raise StreamLimitError(message, limit="text")
 
     def _fail_on_limit(self, what: str) -> NoReturn:
         message = f"{what} exceed what Limits(text={self.limits.text}) keeps"
