@@ -114,17 +114,14 @@ __all__ = [
     "StreamAbortedError",
     "StreamConnectionError",
     "StreamLimitError",
-    "StreamMonitor",
     "StreamRecord",
     "StreamStats",
     "StreamTimeoutError",
-    "StreamTrace",
     "StreamingError",
     "Timeouts",
     "ToolCall",
     "Usage",
     "complete_chat",
-    "main",
     "stream_chat",
     "stream_events",
 ]
@@ -4063,8 +4060,11 @@ def choose_action(mode: ResumeMode, cause: StreamingError, now: Situation) -> st
     :param mode: the caller's ``resume``.
     :returns: ``retry continue ask replay reattach restart`` or ``raise``.
     """
-    if not cause.retryable or now.finished:
+    if now.finished:
         return "raise"
+    if not cause.retryable:
+        lost = isinstance(cause, IncompleteStreamError) and now.handed  # its place
+        return "restart" if lost and now.seen_by_nobody and mode == "auto" else "raise"
     dropped = now.reattaching or not isinstance(cause, APIError)
     if dropped and now.reattachable and mode in ("auto", "reattach"):
         return "reattach"
@@ -5240,6 +5240,9 @@ def _pause(closing: threading.Lock, seconds: float) -> None:
     closing.acquire(timeout=min(seconds, _LONGEST))
 
 
+_LAST_WORDS = ("error", "complete")
+
+
 class _Reporter:
     """Tells the observers of one stream."""
 
@@ -5268,8 +5271,14 @@ class _Reporter:
             return
         seconds = _now() - self.started
         record = StreamRecord(what, self.number, seconds, self.attempt, why, data)
-        for observer in self.observers:
-            getattr(observer, "on_" + what)(record)
+        hooks = [getattr(observer, "on_" + what) for observer in self.observers]
+        if what in _LAST_WORDS:
+            with contextlib.ExitStack() as stack:  # all are told, whichever raises
+                for hook in reversed(hooks):
+                    stack.callback(hook, record)
+            return
+        for hook in hooks:
+            hook(record)
 
 
 def _overridden_hooks(observer: Observer) -> set[str]:
@@ -5833,12 +5842,16 @@ class _Chat(_Loop):
         self._view: tuple[int, Iterator[Piece], list[Piece]] = (0, iter(()), [])
 
     @property
-    def text(self) -> str:
-        """The text that was handed out."""
+    def characters(self) -> int:
+        """How many characters of text were handed out."""
         total, position, batch = self._view
         rest = batch[len(batch) - operator.length_hint(position) :]
-        pending = sum(len(piece) for piece in rest if isinstance(piece, str))
-        return self.answer.received.text[: total - pending]
+        return total - sum(len(piece) for piece in rest if isinstance(piece, str))
+
+    @property
+    def text(self) -> str:
+        """The text that was handed out, as far as it is kept."""
+        return self.answer.received.text[: self.characters]
 
     def stats(self) -> StreamStats:
         """The counts so far."""
@@ -6043,7 +6056,7 @@ class _Chat(_Loop):
 def _progress_note(chat: _Chat) -> str:
     seconds = _now() - chat.ledger.started
     return (
-        f"(after {len(chat.text)} characters of text and {seconds:.1f} s, request "
+        f"(after {chat.characters} characters of text and {seconds:.1f} s, request "
         f"{chat.ledger.requests} of {chat.recovery.retry.attempts})"
     )
 
@@ -6061,6 +6074,8 @@ def _advice(chat: _Chat, error: StreamingError) -> str:
             "provider's own address, pass api_key=..."
         )
     dropped = error.retryable and chat.text and chat.recovery.is_stuck
+    if dropped and chat.answer.received.dropped:
+        return "; Limits(text=...) kept too little of the text to resume it"
     if dropped and chat.prompt.resume == "auto" and _could_resume(chat):
         return (
             "; this answer cannot be resumed without a doubtful seam: see resume="
@@ -6888,6 +6903,8 @@ def stream_events(
 # ===========================================================================
 # Below: built on observers and public names alone.  Who copies the file may cut it
 # here, and loses nothing else.  A test does.
+
+__all__ += ["StreamMonitor", "StreamTrace", "main"]
 
 if TYPE_CHECKING:
     import argparse

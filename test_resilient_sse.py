@@ -1200,6 +1200,31 @@ def test_a_text_buffer_keeps_up_to_its_limit_and_counts_the_rest(limit):
     assert buffer.dropped == 6 - len(kept)
 
 
+def test_a_drop_past_the_limit_says_how_much_was_handed_out_and_why_it_ends():
+    raw = core_sse(*[core_delta("abc")] * 4)
+    stream = rs.ChatStream.replay(raw, limits=rs.Limits(text=5))
+    with pytest.raises(rs.IncompleteStreamError) as caught:
+        list(stream)
+    assert "after 12 characters of text" in str(caught.value)
+    assert "Limits(text=...) kept too little" in str(caught.value)
+    assert caught.value.text == "abcab"
+
+
+@pytest.mark.parametrize("hook", ["on_complete", "on_error"])
+def test_each_observer_is_told_the_end_though_another_one_raises(hook):
+    def fail(record):
+        raise ZeroDivisionError
+
+    end = [core_finish(), CORE_DONE] if hook == "on_complete" else []
+    told = []
+    stream = rs.ChatStream.replay(core_sse(core_delta("Hi"), *end))
+    for observer in ({hook: fail}, {hook: told.append}, {hook: fail}):
+        stream.observe(rs.Observer(**observer))
+    with pytest.raises(ZeroDivisionError):
+        list(stream)
+    assert [record.what for record in told] == [hook[3:]]
+
+
 def test_a_text_buffer_keeps_no_pieces_that_have_no_characters():
     buffer = rs.TextBuffer(rs.Room(5))
     for text in ["abc", *[""] * 5000, "def", *["x"] * 5000]:
@@ -5666,6 +5691,23 @@ def dl_resume(dialect, first, second, model="m1", **more):
     return stream, session.sent, error
 
 
+@dl_offline
+def test_a_result_starts_over_where_a_continuation_cannot_be_told_from_a_copy():
+    whole = dl_text("vllm", "Then", end=True)
+    session = DlSession(dl_text("vllm", "The"), whole, whole)
+    result = rs.complete_chat(
+        "Hi",
+        "m",
+        dialect="vllm",
+        base_url="https://host.test/v1",
+        api_key="k",
+        session=session,
+        retry=rs.Retry(wait_initial=0),
+    )
+    assert result.text == "Then"
+    assert [r.action for r in result.history] == ["start", "continue", "restart"]
+
+
 def dl_second_body(dialect, text, **more):
     """What prefill() makes of the body that was sent."""
     return {**DL_BODIES[dialect][0], **more, **dl_prefill(dialect, text)}
@@ -7077,6 +7119,16 @@ CORE_ACTIONS = {
         {**CORE_SAID, "seen_by_nobody": True, "one_choice": False},
         CORE_DROP,
         ["restart", "raise", "raise", "raise", "replay", "raise"],
+    ),
+    "nobody saw it, and its continuation lost the place": (
+        {**CORE_SAID, "seen_by_nobody": True, "exact": True},
+        rs.IncompleteStreamError("a copy, or new text?"),
+        ["restart", "raise", "raise", "raise", "raise", "raise"],
+    ),
+    "its continuation lost the place": (
+        {**CORE_SAID, "exact": True},
+        rs.IncompleteStreamError("a copy, or new text?"),
+        ["raise"] * 6,
     ),
     "nobody saw it, and it is not kept": (
         {**CORE_SAID, "seen_by_nobody": True, "kept": False},
@@ -14782,6 +14834,7 @@ def test_the_file_works_under_any_name_and_cut_at_the_second_line(tmp_path):
     (tmp_path / "vendored.py").write_text(core, encoding="utf-8")
     program = (
         "import vendored as v\n"
+        "from vendored import *\n"
         'body = b\'data: {"choices":[{"delta":{"content":"whole"},'
         '"finish_reason":"stop"}]}\\n\\n\'\n'
         "print(''.join(v.ChatStream.replay(body)))\n"
