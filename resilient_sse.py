@@ -2816,34 +2816,37 @@ class Anthropic(Dialect):
             answer.advance()
 
     def message(self, answer: Answer, text: str) -> Any:
-        # Text is kept once, for the caller; a block knows only where its own begins.
+        # Text is kept once, for the caller; a block knows only where its own begins,
+        # and ends where the next one of its kind begins.
         texts = {"text": text, "thinking": answer.side_text("reasoning")}
-        ends = {
-            kind: iter([p[kind] for p in answer.parts if p.get("type") == kind][1:])
-            for kind in texts
-        }
+        ends: dict[str, int | None] = {"text": None, "thinking": None}
         whole = {id(call) for call in answer._calls.values() if call.whole()}
         blocks = []
-        for part in answer.parts:
-            block = {
-                name: value.text if isinstance(value, TextBuffer) else value
-                for name, value in part.items()
-                if name != "_json"
-            }
-            kind = str(part.get("type"))
+        for part in reversed(answer.parts):
+            kind, call = str(part.get("type")), part.get("input")
+            if isinstance(call, _OpenCall) and id(call) not in whole:
+                continue
+            block = self._block(part)
             if kind in texts:
-                end = next(ends[kind], None)
-                block[kind] = texts[kind][part[kind] : end]
-            elif isinstance(part.get("input"), _OpenCall):
-                if id(part["input"]) not in whole:
-                    continue
-                block["input"] = parse_json(part["input"].arguments.text or "{}")
-            elif isinstance(part.get("_json"), TextBuffer):
-                block["input"] = _parsed_or_empty(part["_json"].text)
+                block[kind] = texts[kind][part[kind] : ends[kind]]
+                ends[kind] = part[kind]
             blocks.append(block)
         # The API refuses to be sent text that is nothing but white space.
         kept = [b for b in blocks if b.get("type") != "text" or b["text"].strip()]
-        return {"role": "assistant", "content": kept}
+        return {"role": "assistant", "content": kept[::-1]}
+
+    def _block(self, part: dict[str, Any]) -> dict[str, Any]:
+        """A part as the API takes it, but for its text."""
+        block = {
+            name: value.text if isinstance(value, TextBuffer) else value
+            for name, value in part.items()
+        }
+        if isinstance(part.get("input"), _OpenCall):
+            block["input"] = parse_json(part["input"].arguments.text or "{}")
+        arguments = block.pop("_json", None)
+        if isinstance(part.get("_json"), TextBuffer):
+            block["input"] = _parsed_or_empty(arguments)
+        return block
 
     def prefill(self, body: dict[str, Any], text: str) -> dict[str, Any] | None:
         thinking = _dict(body.get("thinking")).get("type", "disabled")
@@ -3610,28 +3613,39 @@ class _Lesson(NamedTuple):
 
     def _holes(self, text: str) -> list[tuple[int, int, str]]:
         """Where the event varies: ``(start, end, kind)`` in its data, in order."""
-        data, dialect = self.event.data, self.dialect
-        holes, texts = [], []
-        for token in _JSON_STRING.finditer(data):
-            key = _key_before(data, token.start())
-            number = _JSON_NUMBER.match(data, token.end())
-            if key is None and number is not None:
-                name = token.group()[1:-1]
-                if name == dialect.cursor_key:
-                    holes.append((*number.span(1), "cursor"))
-                elif name in dialect.idle_keys:
-                    holes.append((*number.span(1), "number"))
-            elif key in dialect.idle_keys:
-                holes.append((token.start() + 1, token.end() - 1, "idle"))
-            elif key is not None and parse_json(token.group()) == text:
-                texts.append(token)
-        if len(texts) <= _MOST_HOLES:
-            texts = [token for token in texts if self._brings(token, text)]
-        holes += [(token.start() + 1, token.end() - 1, "text") for token in texts]
-        if dialect.pads:
+        data = self.event.data
+        tokens = list(_JSON_STRING.finditer(data))
+        idle = [self._idle_hole(token) for token in tokens]
+        others = [token for token, hole in zip(tokens, idle) if hole is None]
+        holes = [hole for hole in idle if hole is not None]
+        holes += self._text_holes(others, text)
+        if self.dialect.pads:
             end = len(data.rstrip()[:-1])
             holes.append((len(data[:end].rstrip()), end, "spaces"))
         return sorted(holes)
+
+    def _idle_hole(self, token: Any) -> tuple[int, int, str] | None:
+        """The string, or the number that it names, if the dialect does not read it."""
+        data, dialect = self.event.data, self.dialect
+        key, name = _key_before(data, token.start()), token.group()[1:-1]
+        if key in dialect.idle_keys:
+            return token.start() + 1, token.end() - 1, "idle"
+        number = _JSON_NUMBER.match(data, token.end())
+        if key is not None or number is None:
+            return None
+        if name == dialect.cursor_key:
+            return (*number.span(1), "cursor")
+        return (*number.span(1), "number") if name in dialect.idle_keys else None
+
+    def _text_holes(self, tokens: list[Any], text: str) -> list[tuple[int, int, str]]:
+        """The values in whose place any other string would be the text."""
+        data = self.event.data
+        values = [t for t in tokens if _key_before(data, t.start()) is not None]
+        same = [token for token in values if parse_json(token.group()) == text]
+        if len(same) > _MOST_HOLES:
+            return []
+        found = [token for token in same if self._brings(token, text)]
+        return [(token.start() + 1, token.end() - 1, "text") for token in found]
 
     def _brings(self, token: Any, text: str) -> bool:
         """Whether any string in place of this one would be the text instead."""
@@ -4060,18 +4074,19 @@ def choose_action(mode: ResumeMode, cause: StreamingError, now: Situation) -> st
     :param mode: the caller's ``resume``.
     :returns: ``retry continue ask replay reattach restart`` or ``raise``.
     """
+    over_again = "restart" if now.seen_by_nobody and mode == "auto" else "raise"
     if now.finished:
         return "raise"
     if not cause.retryable:
-        lost = isinstance(cause, IncompleteStreamError) and now.handed  # its place
-        return "restart" if lost and now.seen_by_nobody and mode == "auto" else "raise"
+        lost_its_place = isinstance(cause, IncompleteStreamError) and now.handed
+        return over_again if lost_its_place else "raise"
     dropped = now.reattaching or not isinstance(cause, APIError)
     if dropped and now.reattachable and mode in ("auto", "reattach"):
         return "reattach"
     if not now.handed:
         return "retry"
     if not now.kept:
-        return "restart" if now.seen_by_nobody and mode == "auto" else "raise"
+        return over_again
     if mode == "auto":
         return _choose_safest(now)
     if mode == "replay":
