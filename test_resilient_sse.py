@@ -1474,6 +1474,46 @@ def test_nothing_behind_the_end_of_a_whole_answer_is_read():
     assert time.process_time() - started < 10
 
 
+# A delta as each provider sends it: number and text differ, and what else is random.
+CORE_ALIKE = {
+    "openai": lambda i: {"id": "c1", "created": 7, **core_delta(f" w{i}")},
+    "openai with padding": lambda i: {
+        **core_delta(f" w{i}"),
+        "obfuscation": "x" * (i % 7),
+    },
+    "openai-responses": lambda i: {
+        "type": "response.output_text.delta",
+        "sequence_number": i,
+        "item_id": "m1",
+        "output_index": 0,
+        "delta": f" w{i}",
+        "obfuscation": "x" * (i % 7),
+    },
+    "anthropic": lambda i: core_block_delta("text_delta", text=f" w{i}"),
+    "ollama": lambda i: {"created_at": f"T{i}", "message": {"content": f" w{i}"}},
+}
+
+
+@pytest.mark.parametrize("name", CORE_ALIKE)
+def test_events_that_differ_in_their_text_alone_are_hardly_ever_parsed(
+    name, monkeypatch
+):
+    dialect = name.split()[0]
+    parsed = []
+    read = rs._Reader.read
+    monkeypatch.setattr(
+        rs._Reader, "read", lambda self, event: (parsed.append(1), read(self, event))
+    )
+    answer = rs.Answer()
+    intake = rs._Intake(rs.DIALECTS[dialect], answer, rs.Limits())
+    pieces = []
+    for i in range(200):
+        pieces += intake.feed(core_body(dialect, [CORE_ALIKE[name](i)]))
+    assert pieces == [f" w{i}" for i in range(200)]
+    assert intake.events == 200
+    assert len(parsed) < 20
+
+
 def core_many_blocks(count):
     start = json.dumps(core_block_start(type="text", text="a"))
     return core_sse(*[f"data: {start}"] * count)
