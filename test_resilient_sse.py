@@ -14414,7 +14414,16 @@ class BookKernel:
                 self.manager.interrupt_kernel()
                 interrupt_after = ""
             shown = markdown
-        return dict(self.client.get_shell_msg(timeout=60)["content"]), shown
+        return self._reply_to(number), shown
+
+    def _reply_to(self, number: str) -> dict[str, Any]:
+        """A kernel that was slow to start has been asked more than once whether it is
+        ready, and its other answers come first.
+        """
+        while True:
+            message = self.client.get_shell_msg(timeout=60)
+            if message["parent_header"].get("msg_id") == number:
+                return dict(message["content"])
 
     def close(self) -> None:
         self.client.stop_channels()
