@@ -39,7 +39,8 @@ The map (each section needs only those above it; search for ``# N.``):
 13. Health monitor               many streams -> one report
 14. Stream trace                 one stream -> a report for a bug tracker
 15. Notebook display             live Markdown
-16. Command line                 python resilient_sse.py --help
+16. Journal                      journal=PATH: what was received outlives the script
+17. Command line                 python resilient_sse.py --help
 
 Specification: https://html.spec.whatwg.org/multipage/server-sent-events.html
 Upstream: the project resilient-sse on PyPI (the licence is the last block)
@@ -5584,6 +5585,9 @@ class _Recovery:
         return wait if wait < left else _NEVER
 
 
+#: What stands in the optional part of the file and is asked for by an argument.
+_OPTIONAL: dict[str, Callable[..., Any]] = {}
+
 if TYPE_CHECKING:
     Opener = Callable[[_Request, _Deadlines, _Guard], Any]
 
@@ -5849,10 +5853,12 @@ class _Chat(_Loop):
         timeouts: Timeouts,
         limits: Limits,
         observers: tuple[Observer, ...],
+        journal: Any = None,
     ) -> None:
         super().__init__(opener, timeouts, limits, observers)
         self.prompt = prompt
         self.recovery = recovery
+        self.journal = journal
         self.answer = Answer(limits)
         self._view: tuple[int, Iterator[Piece], list[Piece]] = (0, iter(()), [])
 
@@ -5901,18 +5907,19 @@ class _Chat(_Loop):
         self._request, _ = prompt.request("start", self.answer)
         facts = {"model": prompt.model, "dialect": prompt.dialect.name}
         self._begin(facts, self._request)
-        while True:
+        is_whole = self.journal is not None and (yield from self._recall(self.journal))
+        while not is_whole:
             self._request = prompt.with_key(self._request)
             try:
                 yield from self._exchange(self._request)
-                break
+                is_whole = True
+                self.ledger.record(self._request.action, "", "", self.answer.usage)
             except StreamingError as error:
                 if self._is_closed_by_reader:
                     return
                 self._recover(error)
-            if self.check_closed():  # during the wait: no request more
+            if not is_whole and self.check_closed():  # in the wait: no request more
                 return
-        self.ledger.record(self._request.action, "", "", self.answer.usage)
         self.ledger.end()
         result = self.result() if self.reporter.observers else None
         self._end("complete", "the answer is complete", result)
@@ -6032,12 +6039,17 @@ class _Chat(_Loop):
 
     def _prepare(self, action: str, drop: StreamingError) -> None:
         """Make the next request, and the answer that it writes into."""
-        old = self.answer
         try:
-            self._request, seam = self.prompt.request(action, old)
+            request, seam = self.prompt.request(action, self.answer)
         except IncompleteStreamError as error:
             drop.args = (f"{drop}; {error}",)
             self._fail(drop)
+        self._take_over(action, request, seam)
+
+    def _take_over(self, action: str, request: _Request, seam: Seam | None) -> None:
+        """Make it the present request; what it brings goes on at the seam."""
+        old = self.answer
+        self._request = request
         if action in _RESUMES:
             self.ledger.note_seam(old.received.kept)
         if action == "reattach":
@@ -6060,6 +6072,86 @@ class _Chat(_Loop):
             self.answer = Answer(self.limits)
             self._view = (0, iter(()), [])
             self.ledger.seams.clear()
+
+    # -- with a journal
+
+    def _recall(self, journal: Any) -> Generator[list[Piece], None, bool]:
+        """Hand out what an earlier run of the same request received.
+
+        :returns: whether that was the whole answer; if not, the next request is made.
+        """
+        journal.open()
+        received = self._relive(journal.records())
+        if journal.is_whole:
+            yield from self._recall_whole(received)
+            return True
+        # Nothing is handed out before it is known whether it can go on.
+        pieces = [piece for batch in received for piece in batch]
+        answer = self.answer
+        if answer.ended or (answer.error is None and self.prompt.has_finished(answer)):
+            answer.settle()
+            yield pieces + answer.take()
+            return True
+        resumption = self._resumption()
+        if resumption is None:
+            journal.forget()
+            self._start_over("restart")
+            return False
+        if pieces:
+            self.ledger.note_first_token()
+            yield pieces
+        self._take_over(*resumption)
+        return False
+
+    def _recall_whole(
+        self, received: Iterable[list[Piece]]
+    ) -> Generator[list[Piece], None, None]:
+        self.ledger.note_first_token()
+        yield from received
+        answer = self.answer
+        if answer.error is not None or not (answer.ended or answer.finished):
+            damage = MalformedStreamError("the answer in the journal is damaged")
+            self._fail(answer.error or damage)
+        answer.settle()
+        yield answer.take()
+
+    def _relive(self, records: Iterable[tuple[str, Any]]) -> Iterator[list[Piece]]:
+        """Read again what was received; it brings the same pieces."""
+        intake = None
+        for kind, value in records:
+            if self.answer.error is not None and kind != "request":
+                continue
+            if kind == "request":
+                self._relive_request(value)
+                intake = _Intake(self.prompt.dialect, self.answer, self.limits)
+            elif kind == "response":
+                self.headers = CaseInsensitiveDict(value)
+            elif intake is not None:
+                yield intake.feed(value) if value else intake.end()
+
+    def _relive_request(self, action: str) -> None:
+        if action in _RESUMES:
+            try:
+                request, seam = self.prompt.request(action, self.answer)
+            except IncompleteStreamError as error:  # by another resume= than this one
+                self.answer.fail(error)
+                return
+            self._take_over(action, request, seam)
+        self.answer.expected = _choice_count(self.prompt.body)
+
+    def _resumption(self) -> tuple[str, _Request, Seam | None] | None:
+        """How the rest of the answer may be asked for, if there is a way."""
+        cut = self.answer.error or StreamConnectionError(
+            "the run that began this answer was cut off", phase="stream", retryable=True
+        )
+        action, _ = self.recovery.decide(cut, "start", self.answer)
+        if action not in _RESUMES:
+            return None
+        try:
+            return (action, *self.prompt.request(action, self.answer))
+        except IncompleteStreamError as error:
+            logger.info("%s: it starts over", error)
+            return None
 
     def _complete_error(self, error: StreamingError) -> None:
         error.phase = error.phase or self._phase()
@@ -6330,7 +6422,6 @@ _OTHER_NAMES = {
     "limit": "limits=Limits(...)",
     "provider": "dialect=",
     "prompt": "the first argument, messages",
-    "journal": "nothing: this version keeps no journal",
 }
 
 
@@ -6528,6 +6619,7 @@ def stream_chat(
     limits: Limits = _LIMITS,
     resume: ResumeMode = "auto",
     observe: Observer | Iterable[Observer] = (),
+    journal: str | os.PathLike[str] | None = None,
     session: requests.Session | None = None,
     extra_body: Mapping[str, Any] | None = None,
     **params: Any,
@@ -6566,6 +6658,10 @@ def stream_chat(
         a function
             ``(original body, text) -> body``; the reply is treated as in ``continue``.
     :param observe: an :class:`Observer`, or several.
+    :param journal: path of an SQLite file that keeps what is received.  The same
+        request, made again by a later run, first yields what is there, and then goes
+        on as ``resume`` allows; an answer that is whole there needs no request.  What
+        cannot go on starts over.
     :param session: a :class:`requests.Session` to send with; nothing is mounted on
         it.  Default: one of our own, shared by all calls.
     :param extra_body: goes into the request body last, over everything else.
@@ -6574,7 +6670,8 @@ def stream_chat(
     :raises TypeError: an argument has the wrong type, or another client's name.
     :raises ValueError: an argument has no usable value, or the key is missing.
 
-    The loop raises a :exc:`StreamingError` if the answer cannot be completed.
+    The loop raises a :exc:`StreamingError` if the answer cannot be completed, and an
+    :exc:`OSError` if the journal cannot be read.
     """
     _refuse_other_names(params)
     _check_messages(messages)
@@ -6595,7 +6692,25 @@ def stream_chat(
     recovery = _Recovery(prompt, retry or Retry(attempts=1))
     observers = _known_observers(observe)
     opener = _opener(session)
-    return ChatStream(_Chat(prompt, recovery, opener, timeouts, limits, observers))
+    if journal is None:
+        return ChatStream(_Chat(prompt, recovery, opener, timeouts, limits, observers))
+    kept = _journal_of(journal, prompt)
+    observers = (kept, *observers)
+    return ChatStream(
+        _Chat(prompt, recovery, opener, timeouts, limits, observers, kept)
+    )
+
+
+def _journal_of(path: Any, prompt: _Prompt) -> Any:
+    """The journal at that path, open at what this prompt asks."""
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise TypeError(f"journal={path!r}: needs the path of a file")
+    if "journal" not in _OPTIONAL:
+        raise TypeError("journal=: its part of resilient_sse.py was cut off")
+    request, _ = prompt.request("start", Answer())
+    return _OPTIONAL["journal"](
+        path, [prompt.dialect.name, request.shown_url, prompt.body]
+    )
 
 
 def complete_chat(
@@ -8201,7 +8316,199 @@ for _name, _method in (("show", _show_live), ("_ipython_display_", _show_as_valu
 
 
 # ---------------------------------------------------------------------------
-# 16. Command line: one answer from a shell
+# 16. Journal: what was received outlives the script
+# ---------------------------------------------------------------------------
+# Promises that what was handed out is on disk before: killed at any byte and run
+# again, a script goes on where it was. An entry belongs to one request (its hash); of
+# two streams that ask the same at once the later one takes the entry over.
+# Refuses prompts, keys and the headers that hold one: an entry is a hash and what
+# the provider sent. Nothing is ever deleted but what an answer makes void.
+
+_JOURNAL_VERSION = 1
+_JOURNAL_TABLES = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS streams (request TEXT PRIMARY KEY, owner TEXT, state TEXT);
+CREATE TABLE IF NOT EXISTS records (
+    number INTEGER PRIMARY KEY, request TEXT, kind TEXT, value BLOB
+);
+CREATE INDEX IF NOT EXISTS records_of_request ON records (request);
+PRAGMA user_version = {_JOURNAL_VERSION};
+COMMIT;
+"""
+_BUSY_SECONDS = 10.0  # that another stream may keep the file locked
+
+
+class _Journal(Observer):
+    """The entry of one request: the bodies of its responses, as they came in.
+
+    :param path: the SQLite file.
+    :param asked: what was asked; its hash is the entry's name.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], asked: Any) -> None:
+        super().__init__()
+        import hashlib
+
+        canonical = jsonlib.dumps(asked, sort_keys=True).encode("ascii")
+        self._path = os.fspath(path)
+        self._request = hashlib.sha256(canonical).hexdigest()
+        self._owner = os.urandom(8).hex()
+        self._database: Any = None
+        #: Whether the entry holds a whole answer; known once it is open.
+        self.is_whole = False
+
+    # -- what the loop calls
+
+    def open(self) -> None:
+        """Make the entry this stream's own.
+
+        :raises OSError: it cannot be, or the file is no journal.
+        """
+        import sqlite3
+
+        try:
+            self._database = sqlite3.connect(
+                self._path,
+                timeout=_BUSY_SECONDS,
+                isolation_level=None,
+                check_same_thread=False,
+            )
+            self._make_tables()
+            self._claim()
+        except sqlite3.Error as error:
+            self._close()
+            raise OSError(f"journal={self._path!r}: {error}") from error
+
+    def records(self) -> Iterator[tuple[str, Any]]:
+        """What the entry holds, in its order: ``(kind, value)``.
+
+        ``request``: the action; ``response``: the headers; ``chunk``: bytes of the
+        body, or b"" where it ended cleanly.
+
+        :raises OSError: the file is damaged.
+        """
+        import sqlite3
+
+        select = "SELECT kind, value FROM records WHERE request = ? ORDER BY number"
+        try:
+            for kind, value in self._database.execute(select, [self._request]):
+                yield kind, value if kind == "chunk" else jsonlib.loads(value)
+        except (sqlite3.Error, ValueError) as error:
+            self._close()
+            raise OSError(f"journal={self._path!r}: {error}") from error
+        if self.is_whole:
+            yield "chunk", b""
+
+    def forget(self) -> None:
+        """Delete what was received: the answer starts over."""
+        self._write("UPDATE streams SET state = 'open' WHERE {}")
+        self._write(
+            "DELETE FROM records WHERE request IN (SELECT request FROM streams WHERE {})"
+        )
+
+    # -- what the stream tells it
+
+    def on_request(self, record: StreamRecord) -> None:
+        self._add("request", jsonlib.dumps(record.data["action"]))
+
+    def on_response(self, record: StreamRecord) -> None:
+        self._add("response", jsonlib.dumps(record.data["headers"]))
+
+    def on_chunk(self, record: StreamRecord) -> None:
+        self._add("chunk", record.data)
+
+    def on_retry(self, record: StreamRecord) -> None:
+        if record.data["action"] in ("retry", "restart"):
+            self.forget()
+        elif type(record.data["error"]) is IncompleteStreamError:
+            self._add("chunk", b"")
+
+    def on_complete(self, record: StreamRecord) -> None:
+        self._write("UPDATE streams SET state = 'complete' WHERE {}")
+        self._close()
+
+    def on_error(self, record: StreamRecord) -> None:
+        if not _leaves_a_beginning(record.data):
+            self.forget()
+        self._close()
+
+    # -- inner steps
+
+    def _make_tables(self) -> None:
+        (version,) = self._database.execute("PRAGMA user_version").fetchone()
+        if version not in (0, _JOURNAL_VERSION):
+            raise OSError(
+                f"journal={self._path!r}: written by another version of resilient_sse, "
+                "or by another program"
+            )
+        if version == 0:
+            self._database.executescript(_JOURNAL_TABLES)
+        self._write_ahead()
+
+    def _write_ahead(self) -> None:
+        """A commit outlives the process, and need not wait for the disk."""
+        import sqlite3
+
+        try:
+            self._database.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:  # others are making the file too
+            logger.debug("journal: it stays in the mode that it has: %s", error)
+        self._database.execute("PRAGMA synchronous = NORMAL")
+
+    def _claim(self) -> None:
+        execute, names = self._database.execute, [self._owner, self._request]
+        execute("BEGIN IMMEDIATE")
+        execute("INSERT OR IGNORE INTO streams VALUES (?2, ?1, 'open')", names)
+        execute("UPDATE streams SET owner = ?1 WHERE request = ?2", names)
+        state = "SELECT state FROM streams WHERE request = ?"
+        self.is_whole = execute(state, names[1:]).fetchone() == ("complete",)
+        execute("COMMIT")
+
+    def _add(self, kind: str, value: str | bytes) -> None:
+        self._write(
+            "INSERT INTO records (request, kind, value) "
+            "SELECT request, :kind, :value FROM streams WHERE {}",
+            kind=kind,
+            value=value,
+        )
+
+    def _write(self, statement: str, **values: Any) -> None:
+        """Write, unless a later stream has taken the entry over.
+
+        The answer is worth more than its copy: if that fails, it is logged.
+        """
+        if self._database is None:
+            return
+        import sqlite3
+
+        values.update(request=self._request, owner=self._owner)
+        own = "request = :request AND owner = :owner"
+        try:
+            self._database.execute(statement.format(own), values)
+        except sqlite3.Error as error:
+            logger.warning("the stream goes on without its journal: %s", error)
+            self._close()
+
+    def _close(self) -> None:
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+
+def _leaves_a_beginning(error: StreamingError) -> bool:
+    """Whether a later run may go on from what was received, not only start over."""
+    if isinstance(error, StreamAbortedError):
+        return True
+    last = error.history[-1].error if error.history else ""
+    was_refused = last != type(error).__name__
+    return not was_refused and (error.retryable or isinstance(error, TimeoutError))
+
+
+_OPTIONAL["journal"] = _Journal
+
+
+# ---------------------------------------------------------------------------
+# 17. Command line: one answer from a shell
 # ---------------------------------------------------------------------------
 # Promises the text on standard output and nothing else there, facts on standard
 # error, and an exit status that says how the stream ended.
@@ -8288,6 +8595,7 @@ def _parser() -> argparse.ArgumentParser:
             help=_TIMEOUT_HELP,
         )
     add("--key-file", metavar="FILE", help="read the API key from this file")
+    add("--journal", metavar="FILE", help="go on where an earlier run was cut off")
     add("--trace", metavar="FILE", help="write a redacted report of the stream there")
     add("--save-raw", metavar="FILE", help="save the body there, for --replay")
     add("--replay", metavar="FILE", help="read a saved body; no request is made")
@@ -8369,6 +8677,7 @@ def _open_stream(options: argparse.Namespace) -> ChatStream:
         timeouts=Timeouts(**times),
         retry=retry,
         resume=options.resume,
+        journal=options.journal,
         **params,
     )
 

@@ -35,6 +35,7 @@ import select
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -13510,7 +13511,473 @@ def test_a_failing_stream_as_the_value_of_a_cell_fails_it(shell, capsys):
 
 
 # ---------------------------------------------------------------------------
-# 16. Command line
+# 16. Journal
+# ---------------------------------------------------------------------------
+# A run that was killed leaves the first part of its entry, cut after any byte: these
+# tests make such entries out of whole ones, and kill a real process besides.
+
+JOURNAL_KINDS = "SELECT kind, value FROM records ORDER BY number"
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> str:
+    return str(tmp_path / "journal.db")
+
+
+def journal_do(path: str, *statements: Any) -> list[Any]:
+    """Run SQL statements (with their values) on a journal; the rows of the last one."""
+    rows: list[Any] = []
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("PRAGMA synchronous = OFF")
+        database.execute("BEGIN")
+        for statement in statements:
+            sql, values = (statement, ()) if isinstance(statement, str) else statement
+            rows = database.execute(sql, values).fetchall()
+        database.execute("COMMIT")
+    return rows
+
+
+def journal_beginnings(
+    rows: list[tuple[str, Any]], step: int
+) -> Iterator[list[tuple[str, Any]]]:
+    """What a process leaves in its entry that is killed, here and there."""
+    for number, (kind, value) in enumerate(rows):
+        yield rows[:number]
+        if kind == "chunk":
+            for size in range(1, len(value), step):
+                yield [*rows[:number], (kind, value[:size])]
+    yield rows
+
+
+def journal_leave(path: str, rows: list[tuple[str, Any]]) -> None:
+    """Make the only entry of a journal one that a killed process left."""
+    insert = "INSERT INTO records (request, kind, value) SELECT request, ?, ? FROM "
+    journal_do(
+        path,
+        "DELETE FROM records",
+        "UPDATE streams SET state = 'open'",
+        *((insert + "streams", row) for row in rows),
+    )
+
+
+@pytest.mark.parametrize("row", STREAMS_EXACT, ids=lambda row: row[0])
+def test_a_run_killed_after_any_byte_is_taken_up_by_the_next_one(
+    row: Any, journal: str
+) -> None:
+    make, action = streams_resumed(row), row[-1]
+    with streams_wire(STREAMS_TEXT, pieces=row[5]) as wire:
+        wire.rewrite = streams_asked_on if action == "ask" else wire.rewrite
+        whole = len(wire.reply(streams_request(make, wire))[1])
+        wire.cuts = [("drop", whole * 2 // 3)]
+        wire.requests.clear()
+        assert "".join(make(journal=journal)) == STREAMS_TEXT
+        rows = journal_do(journal, JOURNAL_KINDS)
+        assert [kind for kind, _ in rows] == ["request", "response", "chunk"] * 2
+        seen = set()
+        for beginning in journal_beginnings(rows, 83):
+            journal_leave(journal, beginning)
+            wire.requests.clear()
+            stream, printed = make(journal=journal), ""
+            for piece in stream:
+                printed += piece
+                assert STREAMS_TEXT.startswith(printed)
+                assert stream.text == printed
+            assert stream.text == STREAMS_TEXT
+            assert len(wire.requests) <= 1
+            seen.update(wire.actions)
+            wire.requests.clear()
+            assert "".join(make(journal=journal)) == STREAMS_TEXT
+            assert not wire.requests
+        assert seen == {"start", action}
+
+
+JOURNAL_SCRIPT = f"""
+import sys
+sys.path.insert(0, {str(Path(rs.__file__).parent)!r})
+import resilient_sse as rs
+url, journal = sys.argv[1:]
+for tok in rs.stream_chat("Tell", "m", base_url=url, journal=journal, resume="continue"):
+    sys.stdout.buffer.write(tok.encode())
+    sys.stdout.buffer.flush()
+"""
+
+
+def test_a_script_that_is_killed_again_and_again_prints_the_whole_text(
+    journal: str,
+) -> None:
+    with FlakyServer(delay=0.005) as server:
+        script = [sys.executable, "-c", JOURNAL_SCRIPT, server.url + "/v1", journal]
+        for size in (40, 150, 300):
+            with subprocess.Popen(script, stdout=subprocess.PIPE) as process:
+                assert process.stdout is not None
+                printed = process.stdout.read(size)
+                process.kill()
+                printed += process.stdout.read()
+            assert STORY.encode().startswith(printed)
+            (body,) = journal_do(
+                journal, "SELECT count(*) FROM records WHERE kind = 'chunk'"
+            )
+            assert body[0] > 2
+        assert len(server.requests) == 3
+        last = subprocess.run(script, stdout=subprocess.PIPE, check=True, timeout=60)
+        assert last.stdout.decode() == STORY
+        assert len(server.requests) == 4
+        sent = json.loads(server.requests[-1].body)["messages"][-1]
+        assert sent["role"] == "assistant"
+        assert sent["content"].encode().startswith(printed)
+        again = subprocess.run(script, stdout=subprocess.PIPE, check=True, timeout=60)
+        assert again.stdout.decode() == STORY
+        assert len(server.requests) == 4
+
+
+@pytest.mark.parametrize("dialect", sorted(DL_ANSWERS))
+def test_a_finished_entry_gives_the_same_result_without_a_request(
+    dialect: str, journal: str
+) -> None:
+    options = {"headers": {"X-Secret-Key": "s"}, "journal": journal}
+    with streams_wire(STREAMS_STORY, pieces=7) as wire:
+        live = streams_ask(dialect, "m", **options).complete()
+        assert live.text == STREAMS_STORY
+        wire.requests.clear()
+        stream = streams_ask(dialect, "m", **options)
+        deltas = list(stream.deltas())
+        kept = stream.result
+        assert not wire.requests
+    assert "".join(delta.text for delta in deltas) == STREAMS_STORY
+    assert kept.stats.requests == 0 and kept.history == ()
+    assert kept.stats.deltas == len(deltas) > 3
+    assert kept.stats.first_token_seconds is not None
+    assert kept.headers["x-request-id"] == "req-7"
+    same = {"headers": None, "history": (), "stats": None}
+    assert kept._replace(**same) == live._replace(**same)
+
+
+def test_an_entry_keeps_tool_calls_reasoning_and_usage(journal: str) -> None:
+    call = {"index": 0, "id": "c1", "function": {"name": "f", "arguments": '{"a":'}}
+    more = {"index": 0, "function": {"arguments": "1}"}}
+    usage = {"prompt_tokens": 3, "completion_tokens": 5}
+    raw = core_sse(
+        core_delta(None, reasoning_content="Hm."),
+        core_delta("Yes", tool_calls=[call]),
+        core_delta(None, tool_calls=[more]),
+        core_finish("tool_calls"),
+        {"choices": [], "usage": usage},
+        CORE_DONE,
+    )
+    with streams_wire("", [("raw", [raw[:200], raw[200:]])]) as wire:
+        live = list(streams_ask(journal=journal).deltas())
+        stream = streams_ask(journal=journal)
+        assert list(stream.deltas()) == live
+        assert len(wire.requests) == 1
+    assert stream.result.tool_calls == (rs.ToolCall("c1", "f", '{"a":1}'),)
+    assert stream.result.reasoning == "Hm."
+    assert stream.result.usage is not None
+    assert stream.result.usage.output_tokens == 5
+
+
+JOURNAL_NEVER = streams_events("Never ", "seen", ends=False)
+JOURNAL_FATAL = b'data: {"error":{"message":"no","code":"invalid_api_key"}}\n\n'
+JOURNAL_OPENED = streams_events("", ends=False).replace(b'content": ""', b'role": "a"')
+
+
+@pytest.mark.parametrize(
+    ("options", "beginning"),
+    [
+        ({}, JOURNAL_NEVER),
+        ({"resume": "never"}, JOURNAL_NEVER),
+        ({"resume": "continue", "n": 2}, JOURNAL_NEVER),
+        ({"resume": "continue", "response_format": {"type": "json"}}, JOURNAL_NEVER),
+        ({"resume": "continue"}, JOURNAL_NEVER + JOURNAL_FATAL),
+        ({"resume": "continue", "limits": rs.Limits(text=8)}, JOURNAL_NEVER),
+        ({"resume": "continue"}, JOURNAL_OPENED),
+        ({"resume": "continue"}, b"<html>"),
+        ({"resume": "continue"}, b""),
+    ],
+    ids=lambda value: repr(value)[-40:],
+)
+def test_what_cannot_go_on_starts_over_and_shows_nothing_of_its_beginning(
+    options: dict[str, Any], beginning: bytes, journal: str
+) -> None:
+    with streams_wire("Anew") as wire:
+        list(streams_ask(journal=journal, **options))
+        journal_leave(journal, [("request", '"start"'), ("chunk", beginning)])
+        wire.requests.clear()
+        stream = streams_ask(journal=journal, **options)
+        assert "".join(stream) == stream.text == stream.result.text == "Anew"
+        assert stream.result.choices[0] == "Anew"
+        assert stream.result.seams == ()
+        assert wire.actions == ["start"]
+        assert "".join(streams_ask(journal=journal, **options)) == "Anew"
+        assert len(wire.requests) == 1
+
+
+def test_an_error_that_passes_with_time_does_not_cost_the_beginning(
+    journal: str,
+) -> None:
+    beginning = streams_events("Once ", ends=False) + STREAMS_ERROR.encode()
+    with streams_wire("", [("raw", [beginning])]) as wire:
+        first = streams_ask(journal=journal, resume="continue", retry=None)
+        printed, error = streams_outcome(first)
+        assert (printed, type(error)) == ("Once ", rs.APIError)
+        wire.cuts = [("raw", [streams_events("upon")])]
+        again = streams_ask(journal=journal, resume="continue", retry=None)
+        assert "".join(again) == "Once upon"
+        assert again.result.seams == (5,)
+        assert wire.actions == ["start", "continue"]
+
+
+JOURNAL_LAST_WORDS = [
+    ("replay", [("raw", [streams_events("Twice upon")])], rs.ResumeMismatchError),
+    ("continue", [("status", 400, {}, "{}")], rs.StreamConnectionError),
+]
+
+
+@pytest.mark.parametrize(("resume", "cuts", "kind"), JOURNAL_LAST_WORDS)
+def test_a_beginning_whose_resumption_fails_for_good_is_given_up(
+    resume: str, cuts: list[Any], kind: type[Exception], journal: str
+) -> None:
+    with streams_wire("Anew") as wire:
+        list(streams_ask(journal=journal, resume=resume))
+        beginning = streams_events("Once ", ends=False)
+        journal_leave(journal, [("request", '"start"'), ("chunk", beginning)])
+        wire.cuts = cuts
+        failed = streams_ask(journal=journal, resume=resume)
+        printed, error = streams_outcome(failed)
+        assert (printed, type(error)) == ("Once ", kind)
+        assert error is not None and error.text == "Once "
+        assert journal_do(journal, JOURNAL_KINDS) == []
+        assert "".join(streams_ask(journal=journal, resume=resume)) == "Anew"
+        assert wire.actions[-1] == "start"
+
+
+@pytest.mark.parametrize("total", [None, 0.5])
+def test_a_stream_that_was_left_or_had_no_time_keeps_its_beginning(
+    total: float | None, journal: str
+) -> None:
+    options: dict[str, Any] = {"journal": journal, "resume": "continue"}
+    with FlakyServer(STORY, delay=0.005, script=["stall-event:9", "ok"]) as server:
+        options["base_url"] = server.url + "/v1"
+        stream = streams_ask(**options, timeouts=rs.Timeouts(total=total))
+        if total is None:
+            assert next(stream)
+        else:
+            assert isinstance(streams_outcome(stream)[1], rs.StreamTimeoutError)
+        stream.close()
+        assert STORY.startswith(stream.text)
+        again = streams_ask(**options)
+        assert "".join(again) == STORY
+        assert [record.action for record in again.result.history] == ["continue"]
+
+
+def test_a_finish_reason_before_the_kill_makes_the_answer_whole(journal: str) -> None:
+    with streams_wire("x") as wire:
+        list(streams_ask(journal=journal))
+        whole = streams_events("Once", ends=False) + STREAMS_FINISH.encode()
+        journal_leave(journal, [("request", '"start"'), ("chunk", whole)])
+        wire.requests.clear()
+        for _ in range(2):
+            stream = streams_ask(journal=journal)
+            assert "".join(stream) == "Once"
+            assert stream.result.finish_reason == "stop"
+        assert not wire.requests
+        assert journal_do(journal, "SELECT state FROM streams") == [("complete",)]
+
+
+def test_a_last_json_line_needs_no_line_feed_in_an_entry_either(journal: str) -> None:
+    lines = b'{"message":{"content":"Once"}}\n{"done":true,"done_reason":"stop"}'
+    with streams_wire("", [("raw", [lines[:9], lines[9:]])]) as wire:
+        for _ in range(2):
+            assert "".join(streams_ask("ollama", journal=journal)) == "Once"
+        assert len(wire.requests) == 1
+
+
+def test_an_entry_is_of_one_request_and_holds_no_prompt_and_no_key(
+    journal: str,
+) -> None:
+    key = "sk-very-secret"
+    options: dict[str, Any] = {"journal": journal, "temperature": 0.5, "top_p": 1}
+    with streams_wire("Once") as wire:
+        url = f"http://user:{key}@host/v1?key={key}"
+        list(streams_ask(**options, api_key=key, base_url=url))
+        turned = dict(reversed(list(options.items())))
+        list(streams_ask(**turned, api_key="another", resume="never"))
+        assert len(wire.requests) == 1
+        for other in (
+            {"temperature": 0.6},
+            {"model": "n"},
+            {"dialect": "vllm"},
+            {"base_url": "http://other/v1"},
+        ):
+            list(streams_ask(**{**options, **other}))
+        assert len(wire.requests) == 5
+    assert len(journal_do(journal, "SELECT request FROM streams")) == 5
+    content = Path(journal).read_bytes()
+    assert b"Once" in content
+    assert b"Tell" not in content
+    assert key.encode() not in content
+
+
+def test_of_two_streams_that_ask_the_same_the_later_one_has_the_entry(
+    journal: str,
+) -> None:
+    with FlakyServer(STORY, delay=0.002) as server:
+        options: dict[str, Any] = {"journal": journal, "resume": "continue"}
+        options["base_url"] = server.url + "/v1"
+        early = streams_ask(**options)
+        begun = next(early) + next(early)
+        late = streams_ask(**options)
+        taken = next(late)
+        begun += "".join(early)
+        assert begun == STORY
+        assert taken + "".join(late) == STORY
+        assert len(server.requests) == 2
+        assert "".join(streams_ask(**options)) == STORY
+        assert len(server.requests) == 2
+
+
+def test_many_threads_may_begin_with_a_journal_that_is_not_there_yet(
+    journal: str,
+) -> None:
+    with FlakyServer(STORY) as server:
+
+        def ask(number: int) -> str:
+            url = server.url + "/v1"
+            return "".join(streams_ask(base_url=url, journal=journal, user=str(number)))
+
+        for _ in range(2):
+            with ThreadPoolExecutor(12) as pool:
+                assert set(pool.map(ask, range(12))) == {STORY}
+        assert len(server.requests) == 12
+
+
+def test_observers_are_told_of_what_was_kept_as_of_what_is_new(journal: str) -> None:
+    told: list[str] = []
+    watch = rs.Observer(
+        on_token=lambda record: told.append(str(record)),
+        on_complete=lambda record: told.append("complete"),
+    )
+    with streams_wire("Once upon", pieces=3):
+        list(streams_ask(journal=journal))
+        list(streams_ask(journal=journal, observe=watch))
+    assert told == ["Onc", "e u", "pon", "complete"]
+
+
+def test_an_interactive_loop_and_complete_chat_share_an_entry(journal: str) -> None:
+    with streams_wire("Once") as wire:
+        list(streams_ask(journal=journal))
+        url = "http://host/v1"
+        result = rs.complete_chat("Tell", "m", base_url=url, journal=journal)
+        assert result.text == "Once"
+        assert len(wire.requests) == 1
+
+
+def test_a_journal_that_cannot_be_written_does_not_cost_the_answer(
+    journal: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rs, "_BUSY_SECONDS", 0.05)
+    options: dict[str, Any] = {"journal": journal, "resume": "continue"}
+    with FlakyServer(STORY, delay=0.002) as server:
+        options["base_url"] = server.url + "/v1"
+        stream = streams_ask(**options)
+        printed = next(stream)
+        other = sqlite3.connect(journal, isolation_level=None)
+        with contextlib.closing(other):
+            other.execute("BEGIN IMMEDIATE")
+            assert printed + "".join(stream) == STORY
+        warned = [r for r in caplog.records if "without its journal" in r.message]
+        assert len(warned) == 1
+        again = streams_ask(**options)
+        assert "".join(again) == STORY
+        assert [record.action for record in again.result.history] == ["continue"]
+
+
+def test_a_journal_is_closed_however_the_stream_ends(journal: str) -> None:
+    error = ("status", 400, {}, "{}")
+    with streams_wire(STREAMS_STORY, [None, error, None]):
+        list(streams_ask(journal=journal))
+        streams_outcome(streams_ask(journal=journal, user="1"))
+        next(streams_ask(journal=journal, user="2"))
+        list(streams_ask(journal=journal))
+    gc.collect()
+    assert os.listdir(os.path.dirname(journal)) == ["journal.db"]
+
+
+@pytest.mark.parametrize("content", [b"no database " * 99, b"newer"])
+def test_a_file_that_is_no_journal_is_an_error_before_any_request(
+    content: bytes, journal: str
+) -> None:
+    if content == b"newer":
+        journal_do(journal, "CREATE TABLE t (x)")
+        with contextlib.closing(sqlite3.connect(journal)) as database:
+            database.execute("PRAGMA user_version = 99")
+    else:
+        Path(journal).write_bytes(content)
+    before = Path(journal).read_bytes()
+    with streams_wire("Once") as wire:
+        stream = streams_ask(journal=journal)
+        for _ in range(2):
+            with pytest.raises(OSError, match=re.escape(f"journal={journal!r}: ")):
+                list(stream)
+        assert not wire.requests
+    assert Path(journal).read_bytes() == before
+
+
+def test_a_journal_in_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="journal=.*unable to open"):
+        list(streams_ask(journal=tmp_path / "no" / "journal.db"))
+
+
+def test_a_damaged_entry_is_an_error_and_not_half_an_answer(journal: str) -> None:
+    with streams_wire("Once upon a time") as wire:
+        list(streams_ask(journal=journal))
+        journal_do(journal, "UPDATE records SET value = substr(value, 1, 300)")
+        wire.requests.clear()
+        _, error = streams_outcome(streams_ask(journal=journal))
+        assert isinstance(error, rs.MalformedStreamError)
+        assert not wire.requests
+        assert "".join(streams_ask(journal=journal)) == "Once upon a time"
+        journal_do(journal, "UPDATE records SET value = '{' WHERE kind = 'request'")
+        with pytest.raises(OSError, match="journal="):
+            list(streams_ask(journal=journal))
+
+
+@pytest.mark.parametrize("wrong", [3, "", b"journal.db", True, rs.Limits()])
+def test_a_journal_is_a_path(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="journal=.* path of a file"):
+        streams_ask(journal=wrong)
+
+
+def test_without_a_journal_no_database_is_loaded(tmp_path: Path) -> None:
+    script = "import sys, resilient_sse; sys.exit('sqlite3' in sys.modules)"
+    folder = str(Path(rs.__file__).parent)
+    assert subprocess.call([sys.executable, "-c", script], cwd=folder) == 0
+    assert streams_ask(journal=None).text == ""
+
+
+def test_without_the_optional_part_a_journal_is_refused(
+    monkeypatch: pytest.MonkeyPatch, journal: str
+) -> None:
+    monkeypatch.setattr(rs, "_OPTIONAL", {})
+    with pytest.raises(TypeError, match="cut off"):
+        streams_ask(journal=journal)
+
+
+def test_the_command_line_takes_a_journal(
+    journal: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with streams_wire("Once") as wire:
+        line = ["--model", "m", "--base-url", "http://host/v1", "--journal", journal]
+        for _ in range(2):
+            assert rs.main([*line, "Tell"]) == 0
+            assert capsys.readouterr().out == "Once"
+        assert len(wire.requests) == 1
+        Path(journal).write_bytes(b"no database " * 99)
+        assert rs.main([*line, "Tell"]) == 1
+        assert "journal=" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------
+# 17. Command line
 # ---------------------------------------------------------------------------
 
 
@@ -13807,7 +14274,7 @@ def test_the_module_runs_by_name(saved):
 
 
 # ---------------------------------------------------------------------------
-# 17. Dashboard: examples/dashboard.py
+# 18. Dashboard: examples/dashboard.py
 # ---------------------------------------------------------------------------
 # Over plain HTTP what a script would see, in a headless Chromium what a person would.
 
@@ -14335,7 +14802,7 @@ def test_the_page_says_so_when_its_program_has_ended(
 
 
 # ---------------------------------------------------------------------------
-# 18. Notebook: examples/notebook.ipynb, and what a cell does with a stream
+# 19. Notebook: examples/notebook.ipynb, and what a cell does with a stream
 # ---------------------------------------------------------------------------
 
 NOTEBOOK = Path(dashboard.__file__).with_name("notebook.ipynb")
@@ -14467,7 +14934,7 @@ def test_an_interrupted_cell_keeps_the_partial_text_and_closes(cell: str) -> Non
 
 
 # ---------------------------------------------------------------------------
-# 19. Promises about the file itself
+# 20. Promises about the file itself
 # ---------------------------------------------------------------------------
 
 CORE_SOURCE = Path(rs.__file__).read_text(encoding="utf-8")
@@ -14631,11 +15098,8 @@ def test_the_sections_are_those_of_the_map():
     assert importlib.util.find_spec("resilient_sse") is not None
 
 
-# Imports of this section; merge them with those of the file.
-
-
 # ----------------------------------------------------------------------------
-# 20. A real engine: llama.cpp's own server, a real model, a real SIGKILL
+# 21. A real engine: llama.cpp's own server, a real model, a real SIGKILL
 # ----------------------------------------------------------------------------
 # The model runs in a child process (examples/local_model.py). Nothing here knows
 # what it will say: answers are compared with each other, at temperature 0.
@@ -14777,7 +15241,7 @@ def test_engine_demo_survives_the_crash_it_causes(whole: ChatResult) -> None:
 
 
 # ---------------------------------------------------------------------------
-# 21. Promises: README, the copied file, the demo
+# 22. Promises: README, the copied file, the demo
 # ---------------------------------------------------------------------------
 
 PROJECT = os.path.dirname(os.path.abspath(__file__))
