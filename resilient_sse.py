@@ -4090,12 +4090,24 @@ def choose_action(mode: ResumeMode, cause: StreamingError, now: Situation) -> st
         return over_again
     if mode == "auto":
         return _choose_safest(now)
-    if mode == "replay":
-        return "replay" if now.verifiable else "raise"
-    may_go_on = now.one_choice and now.only_text and not now.constrained
-    if mode in ("never", "reattach") or not (may_go_on and now.has_text):
+    if mode in ("never", "reattach") or find_obstacle(mode, now):
         return "raise"
-    return "ask" if mode == "ask" else "continue"
+    return str(mode)
+
+
+def find_obstacle(mode: ResumeMode, now: Situation) -> str:
+    """What speaks against ``continue``, ``ask`` or ``replay``; "" if nothing does."""
+    if not now.kept:
+        return "Limits(text=...) kept too little of the text"
+    if mode == "replay":
+        return "" if now.verifiable else "a tool call cannot be compared"
+    if not now.one_choice:
+        return "there is more than one choice"
+    if not now.only_text:
+        return "more than text was handed out"
+    if now.constrained:
+        return "a schema or grammar rules the output"
+    return "" if now.has_text else "no text was handed out"
 
 
 def _choose_safest(now: Situation) -> str:
@@ -4724,11 +4736,15 @@ class _Request(NamedTuple):
     secrets: tuple[str, ...] = ()
 
     @property
+    def host(self) -> str:
+        """The host, with its port if one is named."""
+        return urlsplit(self.url).netloc.rpartition("@")[2]
+
+    @property
     def shown_url(self) -> str:
         """The URL as it may be logged: no query, no user."""
         parts = urlsplit(self.url)
-        host = parts.netloc.rpartition("@")[2]
-        return urlunsplit((parts.scheme, host, parts.path, "", ""))
+        return urlunsplit((parts.scheme, self.host, parts.path, "", ""))
 
     def shown_headers(self) -> dict[str, str]:
         """The headers as they may be logged."""
@@ -4880,9 +4896,9 @@ _TIMEOUT_ADVICE = {
 
 
 _DROPS = {
-    "connect": "could not connect ({}): is the network up, and the base URL right?",
-    "request": "the connection dropped before the response began ({})",
-    "stream": "the connection dropped in the middle of the response ({})",
+    "connect": "could not connect to {} ({}): is the network up, and the base URL right?",
+    "request": "the connection to {} dropped before the response began ({})",
+    "stream": "the connection to {} dropped in the middle of the response ({})",
 }
 
 
@@ -4892,10 +4908,12 @@ class _Failures:
     def __init__(
         self,
         session: requests.Session | None,
+        host: str,
         deadlines: _Deadlines,
         guard: _Guard,
     ) -> None:
         self._session = session
+        self._host = host
         self._deadlines = deadlines
         self._guard = guard
         self._response: requests.Response | None = None
@@ -4940,7 +4958,7 @@ class _Failures:
             return self._timeout(self._kind_of_timeout(error, step))
         phase = self._phase(error)
         return StreamConnectionError(
-            _DROPS[phase or "stream"].format(_reason(error)),
+            _DROPS[phase or "stream"].format(self._host, _reason(error)),
             phase=phase,
             retryable=not _is_certificate_error(error),
         )
@@ -4973,7 +4991,7 @@ class _Exchange(_Failures):
         deadlines: _Deadlines,
         guard: _Guard,
     ) -> None:
-        super().__init__(session, deadlines, guard)
+        super().__init__(session, request.host, deadlines, guard)
         self._request = request
         self._body: _Body | None = None
         self.secrets = request.secrets
@@ -5504,19 +5522,23 @@ class _Recovery:
         # What cut the answer: raised if its resumption is refused.
         self._drop: StreamingError | None = None
 
+    @property
+    def mode(self) -> ResumeMode:
+        """The caller's ``resume``; a function is a way to continue."""
+        return "continue" if callable(self.prompt.resume) else self.prompt.resume
+
     def decide(
         self, error: StreamingError, action: str, answer: Answer
     ) -> tuple[str, StreamingError]:
         """Return the next action, and the error to raise if it is ``raise``."""
-        now = self._situation(answer)
+        now = self.situation(answer)
         if action == "reattach" and error.phase == "request":
             now = now._replace(reattaching=True)
         self._count_failure(action, answer)
         if self._is_refusal(error, action, answer) and self._drop is not None:
             self.is_stuck = True
             return self._after_refusal(now), self._drop
-        mode = "continue" if callable(self.prompt.resume) else self.prompt.resume
-        choice = choose_action(mode, error, now)
+        choice = choose_action(self.mode, error, now)
         if answer.started or self._drop is None:
             self._drop = error
         self.is_stuck = choice == "raise"
@@ -5544,7 +5566,8 @@ class _Recovery:
             return "retry"
         return "restart" if now.seen_by_nobody else "raise"
 
-    def _situation(self, answer: Answer) -> Situation:
+    def situation(self, answer: Answer) -> Situation:
+        """What a decision about this answer depends on."""
         prompt, body = self.prompt, self.prompt.body
         text = answer.received.text
         side = answer.sides() if self.sees_deltas else {}
@@ -6180,21 +6203,29 @@ def _advice(chat: _Chat, error: StreamingError) -> str:
             "; no key was sent: a key from the environment goes only to the "
             "provider's own address, pass api_key=..."
         )
-    dropped = error.retryable and chat.text and chat.recovery.is_stuck
-    if dropped and chat.answer.received.dropped:
-        return "; Limits(text=...) kept too little of the text to resume it"
-    if dropped and chat.prompt.resume == "auto" and _could_resume(chat):
-        return (
-            "; this answer cannot be resumed without a doubtful seam: see resume="
-            "'continue', 'ask' or 'replay', or use complete_chat"
-        )
+    finished = chat.prompt.has_finished(chat.answer)
+    if error.retryable and chat.text and chat.recovery.is_stuck and not finished:
+        return _resume_advice(chat)
     return ""
 
 
-def _could_resume(chat: _Chat) -> bool:
-    """Whether another ``resume=`` would have been of use."""
-    finished = chat.prompt.has_finished(chat.answer)
-    return not (finished or chat.answer.received.dropped)
+def _resume_advice(chat: _Chat) -> str:
+    """Which ``resume=`` could go on from the answer, or why none can."""
+    now, mode = chat.recovery.situation(chat.answer), chat.recovery.mode
+    if not now.kept:
+        return f"; {find_obstacle(mode, now)} to resume it"
+    if mode in ("never", "reattach"):
+        return ""
+    obstacle = find_obstacle("continue" if mode == "auto" else mode, now)
+    if mode != "auto":
+        return f"; resume={mode!r} cannot go on from it: {obstacle}" if obstacle else ""
+    advice = (
+        "; this answer cannot be resumed without a doubtful seam: see resume="
+        "'continue', 'ask' or 'replay', or use complete_chat"
+    )
+    if not obstacle:
+        return advice
+    return f"{advice} ('continue' and 'ask' cannot go on from it: {obstacle})"
 
 
 def _texts(chat: _Chat) -> Iterator[str]:

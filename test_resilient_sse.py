@@ -10755,6 +10755,64 @@ def test_auto_does_only_what_leaves_no_doubtful_seam(
         assert wire.actions == ["start", action]
 
 
+STREAMS_CALLED = {"index": 0, "id": "c", "function": {"name": "f"}}
+STREAMS_OBSTACLES = [
+    (
+        "auto",
+        {"n": 2},
+        "('continue' and 'ask' cannot go on from it: there is more than",
+    ),
+    ("auto", {"response_format": {"type": "json_object"}}, "a schema or grammar rules"),
+    ("auto", {}, "or use complete_chat"),
+    (
+        "continue",
+        {"n": 2},
+        "resume='continue' cannot go on from it: there is more than",
+    ),
+    (
+        "ask",
+        {"n": 2},
+        "resume='ask' cannot go on from it: there is more than one choice",
+    ),
+    (
+        streams_prefilled,
+        {"n": 2},
+        "cannot go on from it: there is more than one choice",
+    ),
+    ("continue", {"tools": []}, "it: more than text was handed out"),
+    ("replay", {"tools": []}, "it: a tool call cannot be compared"),
+    ("never", {"n": 2}, "request 1 of 6)"),
+]
+
+
+@pytest.mark.parametrize(("resume", "params", "words"), STREAMS_OBSTACLES)
+def test_a_drop_that_cannot_be_resumed_says_why(
+    resume: Any, params: dict[str, Any], words: str
+) -> None:
+    chunks = [core_delta("abcd")]
+    if "tools" in params:
+        chunks.append(core_delta(None, tool_calls=[STREAMS_CALLED]))
+    with streams_wire("", [("raw", [core_sse(*chunks)])]):
+        stream = streams_ask(resume=resume, **params)
+        with pytest.raises(rs.IncompleteStreamError) as caught:
+            list(stream.deltas())
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("fault", ["refuse", "drop:5", "reset-event:3"])
+def test_a_connection_error_names_the_host(fault: str) -> None:
+    with FlakyServer(STORY, [fault]) as server:
+        url = server.url.replace("http://", "http://me:pass-word@")
+        host = urlsplit(server.url).netloc
+        if fault == "refuse":
+            server.stop()
+        stream = streams_ask(base_url=url + "/v1?key=key-secret", retry=None)
+        _, error = streams_outcome(stream)
+    assert isinstance(error, rs.StreamConnectionError)
+    assert f" to {host} " in str(error)
+    assert "pass-word" not in str(error) and "key-secret" not in str(error)
+
+
 def streams_first(stream: rs.ChatStream) -> Any:
     """The request that a stream is going to send first."""
     chat = stream._chat
