@@ -6092,9 +6092,13 @@ class _Chat(_Loop):
                 old.forget_sides()
             self.answer = old.again()
         else:
-            self.answer = Answer(self.limits)
-            self._view = (0, iter(()), [])
-            self.ledger.seams.clear()
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """An answer of which nothing is known yet."""
+        self.answer = Answer(self.limits)
+        self._view = (0, iter(()), [])
+        self.ledger.seams.clear()
 
     # -- with a journal
 
@@ -6118,7 +6122,8 @@ class _Chat(_Loop):
         resumption = self._resumption()
         if resumption is None:
             journal.forget()
-            self._start_over("restart")
+            self._request, _ = self.prompt.request("start", answer)
+            self._begin_anew()
             return False
         if pieces:
             self.ledger.note_first_token()
@@ -6145,7 +6150,11 @@ class _Chat(_Loop):
             if self.answer.error is not None and kind != "request":
                 continue
             if kind == "request":
-                self._relive_request(value)
+                try:
+                    self._relive_request(value)
+                except IncompleteStreamError as error:  # resume= is another one now
+                    self.answer.fail(error)
+                    return
                 intake = _Intake(self.prompt.dialect, self.answer, self.limits)
             elif kind == "response":
                 self.headers = CaseInsensitiveDict(value)
@@ -6154,12 +6163,7 @@ class _Chat(_Loop):
 
     def _relive_request(self, action: str) -> None:
         if action in _RESUMES:
-            try:
-                request, seam = self.prompt.request(action, self.answer)
-            except IncompleteStreamError as error:  # by another resume= than this one
-                self.answer.fail(error)
-                return
-            self._take_over(action, request, seam)
+            self._take_over(action, *self.prompt.request(action, self.answer))
         self.answer.expected = _choice_count(self.prompt.body)
 
     def _resumption(self) -> tuple[str, _Request, Seam | None] | None:
@@ -8381,10 +8385,11 @@ class _Journal(Observer):
         import hashlib
 
         canonical = jsonlib.dumps(asked, sort_keys=True).encode("ascii")
-        self._path = os.fspath(path)
+        self._path = os.path.abspath(os.fspath(path))
         self._request = hashlib.sha256(canonical).hexdigest()
-        self._owner = os.urandom(8).hex()
+        self._owner = ""
         self._database: Any = None
+        self._status = 0  # of the last response
         #: Whether the entry holds a whole answer; known once it is open.
         self.is_whole = False
 
@@ -8420,7 +8425,10 @@ class _Journal(Observer):
         """
         import sqlite3
 
-        select = "SELECT kind, value FROM records WHERE request = ? ORDER BY number"
+        select = (
+            "SELECT kind, CAST(value AS BLOB) FROM records WHERE request = ? "
+            "ORDER BY number"
+        )
         try:
             for kind, value in self._database.execute(select, [self._request]):
                 yield kind, value if kind == "chunk" else jsonlib.loads(value)
@@ -8443,6 +8451,7 @@ class _Journal(Observer):
         self._add("request", jsonlib.dumps(record.data["action"]))
 
     def on_response(self, record: StreamRecord) -> None:
+        self._status = record.data["status"]
         self._add("response", jsonlib.dumps(record.data["headers"]))
 
     def on_chunk(self, record: StreamRecord) -> None:
@@ -8459,7 +8468,7 @@ class _Journal(Observer):
         self._close()
 
     def on_error(self, record: StreamRecord) -> None:
-        if not _leaves_a_beginning(record.data):
+        if not _leaves_a_beginning(record.data, self._status):
             self.forget()
         self._close()
 
@@ -8487,6 +8496,7 @@ class _Journal(Observer):
         self._database.execute("PRAGMA synchronous = NORMAL")
 
     def _claim(self) -> None:
+        self._owner = os.urandom(8).hex()
         execute, names = self._database.execute, [self._owner, self._request]
         execute("BEGIN IMMEDIATE")
         execute("INSERT OR IGNORE INTO streams VALUES (?2, ?1, 'open')", names)
@@ -8526,13 +8536,18 @@ class _Journal(Observer):
             self._database = None
 
 
-def _leaves_a_beginning(error: StreamingError) -> bool:
-    """Whether a later run may go on from what was received, not only start over."""
+def _leaves_a_beginning(error: StreamingError, status: int) -> bool:
+    """Whether a later run may go on from what was received, not only start over.
+
+    :param status: of the last response.
+    """
     if isinstance(error, StreamAbortedError):
         return True
     last = error.history[-1].error if error.history else ""
-    was_refused = last != type(error).__name__
-    return not was_refused and (error.retryable or isinstance(error, TimeoutError))
+    if last == type(error).__name__:
+        return error.retryable or isinstance(error, TimeoutError)
+    # The resumption was refused; but a wrong key says nothing about the answer.
+    return status in (401, 403)
 
 
 _OPTIONAL["journal"] = _Journal

@@ -13808,6 +13808,45 @@ def test_a_beginning_whose_resumption_fails_for_good_is_given_up(
         assert wire.actions[-1] == "start"
 
 
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_wrong_key_does_not_cost_the_beginning(status: int, journal: str) -> None:
+    options: dict[str, Any] = {"journal": journal, "resume": "continue"}
+    with streams_wire("x") as wire:
+        list(streams_ask(**options))
+        beginning = streams_events("Once ", ends=False)
+        journal_leave(journal, [("request", '"start"'), ("chunk", beginning)])
+        wire.cuts = [("status", status, {}, "{}"), ("raw", [streams_events("upon")])]
+        printed, error = streams_outcome(streams_ask(**options))
+        assert printed == "Once " and error is not None
+        assert "".join(streams_ask(**options)) == "Once upon"
+
+
+@pytest.mark.parametrize("before", ["continue", "ask", "replay", streams_prefilled])
+@pytest.mark.parametrize("after", ["auto", "never", "continue", "ask", "replay"])
+def test_the_next_run_may_resume_in_another_way_than_the_one_before(
+    before: Any, after: str, journal: str
+) -> None:
+    story = "Once upon a time there was a frog that sang all night long."
+    with streams_wire(story, pieces=4) as wire:
+        wire.rewrite = streams_asked_on
+        whole = wire.reply(streams_request(streams_ask, wire))[1]
+        wire.cuts = [("drop", len(whole) // 3), ("drop", len(whole) // 2)]
+        assert "".join(streams_ask(journal=journal, resume=before)) == story
+        rows = journal_do(journal, JOURNAL_KINDS)
+        assert len(rows) == 9
+        journal_leave(journal, rows[:6])
+        wire.requests.clear()
+        stream = streams_ask(journal=journal, resume=after)
+        assert "".join(stream) == stream.text == story
+        if after in ("auto", "never"):
+            assert wire.actions == ["start"]
+            assert stream.result.seams == ()
+        else:
+            assert wire.actions == [after]
+            held_back = before == "ask"  # for overlap: nothing came of its first half
+            assert len(stream.result.seams) == (1 if held_back else 2)
+
+
 @pytest.mark.parametrize("total", [None, 0.5])
 def test_a_stream_that_was_left_or_had_no_time_keeps_its_beginning(
     total: float | None, journal: str
