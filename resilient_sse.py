@@ -8475,7 +8475,7 @@ class _Journal(Observer):
     # -- inner steps
 
     def _make_tables(self) -> None:
-        (version,) = self._database.execute("PRAGMA user_version").fetchone()
+        [(version,)] = self._database.execute("PRAGMA user_version").fetchall()
         if version not in (0, _JOURNAL_VERSION):
             raise OSError(
                 f"journal={self._path!r}: written by another version of resilient_sse, "
@@ -8490,7 +8490,7 @@ class _Journal(Observer):
         import sqlite3
 
         try:
-            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA journal_mode = WAL").fetchall()
         except sqlite3.OperationalError as error:  # others are making the file too
             logger.debug("journal: it stays in the mode that it has: %s", error)
         self._database.execute("PRAGMA synchronous = NORMAL")
@@ -8502,7 +8502,7 @@ class _Journal(Observer):
         execute("INSERT OR IGNORE INTO streams VALUES (?2, ?1, 'open')", names)
         execute("UPDATE streams SET owner = ?1 WHERE request = ?2", names)
         state = "SELECT state FROM streams WHERE request = ?"
-        self.is_whole = execute(state, names[1:]).fetchone() == ("complete",)
+        self.is_whole = execute(state, names[1:]).fetchall() == [("complete",)]
         execute("COMMIT")
 
     def _add(self, kind: str, value: str | bytes) -> None:
