@@ -14,9 +14,11 @@ import codecs
 import importlib.util
 import itertools
 import json
+import os
 import resource
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -309,6 +311,12 @@ def _observed(observer: str, url: str, shape: str, delays: Delays) -> Seen:
     return resilient(url, shape, delays, observe=made)
 
 
+def _journaled(url: str, shape: str, delays: Delays) -> Seen:
+    with tempfile.TemporaryDirectory() as folder:  # a new one, so nothing is recalled
+        journal = os.path.join(folder, "journal.db")
+        return resilient(url, shape, delays, journal=journal)
+
+
 PEERS = {
     "floor": Peer(floor, None),
     "recv": Peer(recv, None, ()),
@@ -333,6 +341,7 @@ PARTS: dict[str, Consume] = {
     "Observer(on_event=...)": partial(_observed, "on_event"),
     "StreamMonitor": partial(_observed, "monitor"),
     "StreamTrace": partial(_observed, "trace"),
+    "journal": _journaled,
 }
 
 
