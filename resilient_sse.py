@@ -5876,12 +5876,12 @@ class _Chat(_Loop):
         timeouts: Timeouts,
         limits: Limits,
         observers: tuple[Observer, ...],
-        journal: Any = None,
+        entry: Any = None,
     ) -> None:
         super().__init__(opener, timeouts, limits, observers)
         self.prompt = prompt
         self.recovery = recovery
-        self.journal = journal
+        self.entry = entry  # in a journal
         self.answer = Answer(limits)
         self._view: tuple[int, Iterator[Piece], list[Piece]] = (0, iter(()), [])
 
@@ -5930,7 +5930,7 @@ class _Chat(_Loop):
         self._request, _ = prompt.request("start", self.answer)
         facts = {"model": prompt.model, "dialect": prompt.dialect.name}
         self._begin(facts, self._request)
-        is_whole = self.journal is not None and (yield from self._recall(self.journal))
+        is_whole = self.entry is not None and (yield from self._recall(self.entry))
         while not is_whole:
             self._request = prompt.with_key(self._request)
             try:
@@ -6102,14 +6102,14 @@ class _Chat(_Loop):
 
     # -- with a journal
 
-    def _recall(self, journal: Any) -> Generator[list[Piece], None, bool]:
+    def _recall(self, entry: Any) -> Generator[list[Piece], None, bool]:
         """Hand out what an earlier run of the same request received.
 
         :returns: whether that was the whole answer; if not, the next request is made.
         """
-        journal.open()
-        received = self._relive(journal.records())
-        if journal.is_whole:
+        entry.open()
+        received = self._relive(entry.records())
+        if entry.is_whole:
             yield from self._recall_whole(received)
             return True
         # Nothing is handed out before it is known whether it can go on.
@@ -6121,7 +6121,7 @@ class _Chat(_Loop):
             return True
         resumption = self._resumption()
         if resumption is None:
-            journal.forget()
+            entry.forget()
             self._request, _ = self.prompt.request("start", answer)
             self._begin_anew()
             return False
@@ -6727,17 +6727,17 @@ def stream_chat(
     recovery = _Recovery(prompt, retry or Retry(attempts=1))
     observers = _known_observers(observe)
     opener = _opener(session)
-    if journal is None:
-        return ChatStream(_Chat(prompt, recovery, opener, timeouts, limits, observers))
-    kept = _journal_of(journal, prompt)
-    observers = (kept, *observers)
-    return ChatStream(
-        _Chat(prompt, recovery, opener, timeouts, limits, observers, kept)
-    )
+    entry = _journal_entry(journal, prompt)
+    if entry is not None:
+        observers = (entry, *observers)
+    chat = _Chat(prompt, recovery, opener, timeouts, limits, observers, entry)
+    return ChatStream(chat)
 
 
-def _journal_of(path: Any, prompt: _Prompt) -> Any:
-    """The journal at that path, open at what this prompt asks."""
+def _journal_entry(path: Any, prompt: _Prompt) -> Any:
+    """The entry of what this prompt asks, in the journal at that path."""
+    if path is None:
+        return None
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         raise TypeError(f"journal={path!r}: needs the path of a file")
     if "journal" not in _OPTIONAL:
@@ -8373,11 +8373,11 @@ COMMIT;
 _BUSY_SECONDS = 10.0  # that another stream may keep the file locked
 
 
-class _Journal(Observer):
-    """The entry of one request: the bodies of its responses, as they came in.
+class _JournalEntry(Observer):
+    """What one request brought: the bodies of its responses, as they came in.
 
     :param path: the SQLite file.
-    :param asked: what was asked; its hash is the entry's name.
+    :param asked: the request, as JSON; its hash is the entry's name.
     """
 
     def __init__(self, path: str | os.PathLike[str], asked: Any) -> None:
@@ -8550,7 +8550,7 @@ def _leaves_a_beginning(error: StreamingError, status: int) -> bool:
     return status in (401, 403)
 
 
-_OPTIONAL["journal"] = _Journal
+_OPTIONAL["journal"] = _JournalEntry
 
 
 # ---------------------------------------------------------------------------
