@@ -13888,6 +13888,57 @@ def test_a_last_json_line_needs_no_line_feed_in_an_entry_either(journal: str) ->
         assert len(wire.requests) == 1
 
 
+def test_what_a_clean_end_brought_is_kept_though_the_answer_was_cut(
+    journal: str,
+) -> None:
+    line = b'{"message":{"content":"Once "}}'  # a line feed would have ended it
+    rest = b'{"message":{"content":"upon"}}\n{"done":true,"done_reason":"stop"}\n'
+    options: dict[str, Any] = {"journal": journal, "resume": "continue"}
+    with streams_wire("", [("raw", [line]), ("raw", [rest])]) as wire:
+        assert "".join(streams_ask("ollama", **options)) == "Once upon"
+        rows = journal_do(journal, JOURNAL_KINDS)
+        for number in range(4, len(rows)):
+            journal_leave(journal, rows[:number])
+            wire.cuts = [("raw", [rest])]
+            assert "".join(streams_ask("ollama", **options)) == "Once upon"
+        assert wire.actions == ["start", "continue", *["continue"] * (len(rows) - 4)]
+
+
+def test_what_a_retry_or_a_restart_made_void_is_not_in_the_entry(journal: str) -> None:
+    thought = core_sse(core_delta(None, reasoning_content="Hm."))
+    whole = core_sse(
+        core_delta(None, reasoning_content="So."), core_delta("Yes"), core_finish()
+    )
+    with streams_wire("", [("raw", [thought]), ("raw", [whole])]) as wire:
+        live = streams_ask(journal=journal)
+        assert "".join(live) == "Yes"
+        kept = streams_ask(journal=journal)
+        assert "".join(kept) == "Yes"
+        assert kept.result.reasoning == live.result.reasoning == "So."
+        wire.cuts = [("raw", [core_sse(core_delta("No"))]), ("raw", [whole])]
+        other: dict[str, Any] = {"journal": journal, "user": "1"}
+        assert streams_ask(**other).complete().text == "Yes"
+        assert "".join(streams_ask(**other)) == "Yes"
+    assert wire.actions == ["start", "retry", "start", "restart"]
+
+
+def test_an_error_behind_the_finish_reason_or_a_choice_that_has_not_finished_counts(
+    journal: str,
+) -> None:
+    finished = core_sse(core_delta("Once"), core_finish())
+    for params, beginning in (
+        ({}, finished + STREAMS_ERROR.encode()),
+        ({"n": 2}, finished),
+    ):
+        with streams_wire("Anew") as wire:
+            list(streams_ask(journal=journal, **params))
+            journal_leave(journal, [("request", '"start"'), ("chunk", beginning)])
+            wire.requests.clear()
+            assert "".join(streams_ask(journal=journal, **params)) == "Anew"
+            assert wire.actions == ["start"]
+        os.unlink(journal)
+
+
 def test_an_entry_is_of_one_request_and_holds_no_prompt_and_no_key(
     journal: str,
 ) -> None:
