@@ -8371,6 +8371,9 @@ PRAGMA user_version = {_JOURNAL_VERSION};
 COMMIT;
 """
 _BUSY_SECONDS = 10.0  # that another stream may keep the file locked
+#: Owner of an entry -> the process and the file.  SQLite's locks do not survive a
+#: fork: a child must not open what its parent had open then.
+_open_journals: dict[str, tuple[int, str]] = {}
 
 
 class _JournalEntry(Observer):
@@ -8385,9 +8388,10 @@ class _JournalEntry(Observer):
         import hashlib
 
         canonical = jsonlib.dumps(asked, sort_keys=True).encode("ascii")
-        self._path = os.path.abspath(os.fspath(path))
+        self._path = os.path.realpath(os.fspath(path))
         self._request = hashlib.sha256(canonical).hexdigest()
         self._owner = ""
+        self._process = 0
         self._database: Any = None
         self._status = 0  # of the last response
         #: Whether the entry holds a whole answer; known once it is open.
@@ -8402,6 +8406,7 @@ class _JournalEntry(Observer):
         """
         import sqlite3
 
+        self._guard_fork()
         try:
             self._database = sqlite3.connect(
                 self._path,
@@ -8474,6 +8479,17 @@ class _JournalEntry(Observer):
 
     # -- inner steps
 
+    def _guard_fork(self) -> None:
+        self._process = os.getpid()
+        for process, path in list(_open_journals.values()):
+            if path == self._path and process != self._process:
+                raise OSError(
+                    f"journal={path!r}: this process was forked while a stream of its "
+                    "parent used the file: use another file, or start it by 'spawn'"
+                )
+        self._owner = os.urandom(8).hex()
+        _open_journals[self._owner] = self._process, self._path
+
     def _make_tables(self) -> None:
         [(version,)] = self._database.execute("PRAGMA user_version").fetchall()
         if version not in (0, _JOURNAL_VERSION):
@@ -8496,7 +8512,6 @@ class _JournalEntry(Observer):
         self._database.execute("PRAGMA synchronous = NORMAL")
 
     def _claim(self) -> None:
-        self._owner = os.urandom(8).hex()
         execute, names = self._database.execute, [self._owner, self._request]
         execute("BEGIN IMMEDIATE")
         execute("INSERT OR IGNORE INTO streams VALUES (?2, ?1, 'open')", names)
@@ -8514,11 +8529,11 @@ class _JournalEntry(Observer):
         )
 
     def _write(self, statement: str, **values: Any) -> None:
-        """Write, unless a later stream has taken the entry over.
+        """Write, unless a later stream or the parent of a fork owns the entry.
 
         The answer is worth more than its copy: if that fails, it is logged.
         """
-        if self._database is None:
+        if self._database is None or self._process != os.getpid():
             return
         import sqlite3
 
@@ -8531,6 +8546,7 @@ class _JournalEntry(Observer):
             self._close()
 
     def _close(self) -> None:
+        _open_journals.pop(self._owner, None)
         if self._database is not None:
             self._database.close()
             self._database = None

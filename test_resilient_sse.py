@@ -13998,6 +13998,29 @@ def test_many_threads_may_begin_with_a_journal_that_is_not_there_yet(
         assert len(server.requests) == 12
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_fork_amid_a_stream_does_not_damage_the_journal(journal: str) -> None:
+    with FlakyServer(STORY, delay=0.002) as server:
+        options: dict[str, Any] = {"journal": journal, "base_url": server.url + "/v1"}
+        stream = streams_ask(**options)
+        printed = next(stream)
+        child = os.fork()
+        if not child:  # a copy of the stream, and a stream of its own
+            status = 1
+            try:
+                stream._chat.entry._add("chunk", b"from the child")
+                next(streams_ask(**options, user="child"))
+            except OSError as error:
+                status = 0 if "forked" in str(error) else 2
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        assert printed + "".join(stream) == STORY
+        assert "".join(streams_ask(**options)) == STORY
+        assert len(server.requests) == 1
+    assert journal_do(journal, "PRAGMA integrity_check") == [("ok",)]
+
+
 def test_observers_are_told_of_what_was_kept_as_of_what_is_new(journal: str) -> None:
     told: list[str] = []
     watch = rs.Observer(
