@@ -6131,9 +6131,7 @@ class _Chat(_Loop):
         self._take_over(*resumption)
         return False
 
-    def _recall_whole(
-        self, received: Iterable[list[Piece]]
-    ) -> Generator[list[Piece], None, None]:
+    def _recall_whole(self, received: Iterable[list[Piece]]) -> Generator[list[Piece]]:
         self.ledger.note_first_token()
         yield from received
         answer = self.answer
