@@ -8609,6 +8609,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(f"{type(error).__name__}: {error}")
         return _exit_status(error)
     except BrokenPipeError:
+        _discard_output()
         return 141
     except ValueError as error:
         _complain(str(error))
@@ -8616,6 +8617,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         _complain(str(error))
         return 1
+
+
+def _discard_output() -> None:
+    """What is still in the buffer has no reader: without this, the interpreter would
+    try again at its exit, complain, and replace the exit status by its own."""
+    with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())  # a stand-in has no fileno
 
 
 _RESUME_MODES = ("auto", "reattach", "continue", "ask", "replay", "never")

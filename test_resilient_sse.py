@@ -14420,13 +14420,23 @@ def test_the_script_writes_utf8_whatever_the_locale(saved):
     assert done.stdout.decode("utf-8") == "caf\u00e9 \U0001f600"
 
 
-@pytest.mark.parametrize("argument", ["--version", "--replay"])
-def test_a_closed_pipe_ends_the_script_without_complaint(argument, saved):
-    body = [saved(chat_body(*["word " * 1000] * 100))]
+CLOSED_PIPES = {
+    "--version": [],
+    "small pieces": ["word "] * 100,  # they stay in the buffer of standard output
+    "large pieces": ["word " * 10000] * 100,
+}
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("case", CLOSED_PIPES)
+def test_a_closed_pipe_ends_the_script_without_complaint(case, buffered, saved):
+    pieces = CLOSED_PIPES[case]
+    arguments = ["--replay", saved(chat_body(*pieces))] if pieces else ["--version"]
+    env = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
     reading, writing = os.pipe()
     os.close(reading)
-    script = [sys.executable, rs.__file__, argument, *body[argument != "--replay" :]]
-    process = subprocess.Popen(script, stdout=writing, stderr=subprocess.PIPE)
+    script = [sys.executable, rs.__file__, *arguments]
+    process = subprocess.Popen(script, stdout=writing, stderr=subprocess.PIPE, env=env)
     os.close(writing)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (141, b"")
