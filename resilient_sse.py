@@ -2770,6 +2770,16 @@ class Anthropic(Dialect):
             answer.keep(delta)
             part["content"] = delta.get("content")
 
+    def _read_input(
+        self, key: str, part: dict[str, Any], text: Any, answer: Answer
+    ) -> None:
+        """Arguments of the caller's tool, or of one that the provider runs."""
+        if part.get("type") in (None, "tool_use"):
+            answer.call_arguments(key, text)
+        else:
+            self._append(part, "_json", text, answer)
+            answer.advance()
+
     def _append(
         self, part: dict[str, Any], name: str, text: Any, answer: Answer
     ) -> None:
@@ -2805,16 +2815,6 @@ class Anthropic(Dialect):
         "message_delta": _read_finish,
         "message_stop": _read_end,
     }
-
-    def _read_input(
-        self, key: str, part: dict[str, Any], text: Any, answer: Answer
-    ) -> None:
-        """Arguments of the caller's tool, or of one that the provider runs."""
-        if part.get("type") in (None, "tool_use"):
-            answer.call_arguments(key, text)
-        else:
-            self._append(part, "_json", text, answer)
-            answer.advance()
 
     def message(self, answer: Answer, text: str) -> Any:
         # Text is kept once, for the caller; a block knows only where its own begins,
@@ -3556,6 +3556,8 @@ def _literals(block: str, start: int, holes: list[tuple[int, int, str]]) -> list
 
 _KEY = re.compile(r'"([^"\\]*)"\s*:\s*$')
 _BEFORE_DATA = re.compile(r"(event:[^\n]*\n)?(data: ?)?\Z")
+_LESSON = 8192  # bytes of an event to learn from
+_MOST_HOLES = 16  # and strings in it to look into: each takes as long as the event
 
 
 def _key_before(data: str, start: int) -> str | None:
@@ -3673,8 +3675,6 @@ _NO_JSON_LINE = re.compile(rb"\[|\{[ \t]*\r?\n|[deir:]")
 
 _PATIENCE = 8  # events looked at in vain before it gives up
 _PORTION = 2048  # bytes of a few events
-_LESSON = 8192  # bytes of an event to learn from
-_MOST_HOLES = 16  # and strings in it to look into: each takes as long as the event
 _LARGE = 262144  # patterns remember too much of a larger region
 
 
@@ -4721,7 +4721,8 @@ def _body_of(response: requests.Response) -> _Body:
     if response.status_code != 200:  # an error, of which the status is enough
         return body
     raise MalformedStreamError(
-        f"the server compressed the stream as {encoding[:40]!r}, though asked not to compress it"
+        f"the server compressed the stream as {encoding[:40]!r}, though asked not to "
+        "compress it"
     )
 
 
@@ -6114,15 +6115,13 @@ class _Chat(_Loop):
             return True
         # Nothing is handed out before it is known whether it can go on.
         pieces = [piece for batch in received for piece in batch]
-        answer = self.answer
-        if answer.ended or (answer.error is None and self.prompt.has_finished(answer)):
-            answer.settle()
-            yield pieces + answer.take()
+        if self._is_whole_but_unmarked():
+            yield from self._recall_whole([pieces])
             return True
         resumption = self._resumption()
         if resumption is None:
             entry.forget()
-            self._request, _ = self.prompt.request("start", answer)
+            self._request, _ = self.prompt.request("start", self.answer)
             self._begin_anew()
             return False
         if pieces:
@@ -6130,6 +6129,12 @@ class _Chat(_Loop):
             yield pieces
         self._take_over(*resumption)
         return False
+
+    def _is_whole_but_unmarked(self) -> bool:
+        """Whether that run was killed between the answer's last byte and noting it."""
+        answer = self.answer
+        finished = answer.error is None and self.prompt.has_finished(answer)
+        return answer.ended or finished
 
     def _recall_whole(self, received: Iterable[list[Piece]]) -> Generator[list[Piece]]:
         self.ledger.note_first_token()
@@ -6462,8 +6467,8 @@ def _refuse_other_names(params: dict[str, Any]) -> None:
     for name in params:
         if name in _OTHER_NAMES:
             raise TypeError(
-                f"stream_chat() has no {name}=; use {_OTHER_NAMES[name]} (or extra_body={{{name!r}: ...}} to send it "
-                "to the server as it is)"
+                f"stream_chat() has no {name}=; use {_OTHER_NAMES[name]} (or "
+                f"extra_body={{{name!r}: ...}} to send it to the server as it is)"
             )
 
 
@@ -6487,8 +6492,8 @@ def _known_observers(
     for observer in observers:
         if not isinstance(observer, Observer):
             raise TypeError(
-                f"observe={observer!r}: needs an Observer or several; a function goes into "
-                "Observer(on_token=function)"
+                f"observe={observer!r}: needs an Observer or several; a function goes "
+                "into Observer(on_token=function)"
             )
     return observers
 
@@ -7009,9 +7014,8 @@ def stream_events(
 
     It goes on where it was by ``Last-Event-ID``, after the server's reconnection
     time.  It stops on status 204, and on a clean end of a POST or where ``retry`` is
-    None.  It never reconnects
-    after :meth:`EventStream.close`, a status that no wait mends, or a wrong content
-    type.
+    None.  It never reconnects after :meth:`EventStream.close`, a status that no wait
+    mends, or a wrong content type.
 
     :param url: the endpoint.
     :param method: ``GET`` (default, as EventSource does) or ``POST``.
@@ -8404,7 +8408,9 @@ class _JournalEntry(Observer):
         """
         import sqlite3
 
-        self._guard_fork()
+        self._process, self._owner = os.getpid(), os.urandom(8).hex()
+        self._refuse_forked_file()
+        _open_journals[self._owner] = self._process, self._path
         try:
             self._database = sqlite3.connect(
                 self._path,
@@ -8477,16 +8483,13 @@ class _JournalEntry(Observer):
 
     # -- inner steps
 
-    def _guard_fork(self) -> None:
-        self._process = os.getpid()
+    def _refuse_forked_file(self) -> None:
         for process, path in list(_open_journals.values()):
             if path == self._path and process != self._process:
                 raise OSError(
                     f"journal={path!r}: this process was forked while a stream of its "
                     "parent used the file: use another file, or start it by 'spawn'"
                 )
-        self._owner = os.urandom(8).hex()
-        _open_journals[self._owner] = self._process, self._path
 
     def _make_tables(self) -> None:
         [(version,)] = self._database.execute("PRAGMA user_version").fetchall()
@@ -8510,13 +8513,17 @@ class _JournalEntry(Observer):
         self._database.execute("PRAGMA synchronous = NORMAL")
 
     def _claim(self) -> None:
-        execute, names = self._database.execute, [self._owner, self._request]
+        execute = self._database.execute
+        request, owned = {"request": self._request}, "WHERE request = :request"
+        owner = {**request, "owner": self._owner}
         execute("BEGIN IMMEDIATE")
-        execute("INSERT OR IGNORE INTO streams VALUES (?2, ?1, 'open')", names)
-        execute("UPDATE streams SET owner = ?1 WHERE request = ?2", names)
-        state = "SELECT state FROM streams WHERE request = ?"
-        self.is_whole = execute(state, names[1:]).fetchall() == [("complete",)]
+        execute(
+            "INSERT OR IGNORE INTO streams VALUES (:request, :owner, 'open')", owner
+        )
+        execute(f"UPDATE streams SET owner = :owner {owned}", owner)
+        [(state,)] = execute(f"SELECT state FROM streams {owned}", request).fetchall()
         execute("COMMIT")
+        self.is_whole = state == "complete"
 
     def _add(self, kind: str, value: str | bytes) -> None:
         self._write(
@@ -8558,9 +8565,10 @@ def _leaves_a_beginning(error: StreamingError, status: int) -> bool:
     if isinstance(error, StreamAbortedError):
         return True
     last = error.history[-1].error if error.history else ""
-    if last == type(error).__name__:
+    if last == type(error).__name__:  # it ended the last request
         return error.retryable or isinstance(error, TimeoutError)
-    # The resumption was refused; but a wrong key says nothing about the answer.
+    # It is an older drop, whose resumption was refused: the next run's would be too,
+    # unless only the key was wrong.
     return status in (401, 403)
 
 
