@@ -676,6 +676,21 @@ def test_a_reconnection_time_counts_with_its_line_and_not_with_its_event():
     assert decoder.reconnection_time == 0.067
 
 
+def test_each_line_of_an_event_is_searched_once_for_a_reconnection_time(monkeypatch):
+    searched = []
+    note = rs.SSEDecoder._note_retry
+    monkeypatch.setattr(
+        rs.SSEDecoder,
+        "_note_retry",
+        lambda self, lines: (searched.append(len(lines)), note(self, lines)),
+    )
+    decoder = rs.SSEDecoder()
+    lines = [b"data: retry\n"] * 1000
+    for line in lines:
+        assert decoder.feed(line) == []
+    assert sum(searched) <= len(b"".join(lines))
+
+
 def test_the_last_good_reconnection_time_stays():
     decoder, _ = core_decode(b"retry: 100\n\nretry: x\n\n")
     assert decoder.reconnection_time == 0.1
@@ -1513,6 +1528,16 @@ def test_events_that_differ_in_their_text_alone_are_hardly_ever_parsed(
     assert pieces == [f" w{i}" for i in range(200)]
     assert intake.events == 200
     assert len(parsed) < 20
+
+
+def test_half_a_character_between_events_of_one_shape_keeps_its_place():
+    make = CORE_ALIKE["openai"]
+    odd = {"choices": [{"delta": {"content": "half \ud83d"}}]}  # of no known shape
+    intake = rs._Intake(rs.DIALECTS["openai"], rs.Answer(), rs.Limits())
+    for i in range(20):
+        intake.feed(core_body("openai", [make(i)]))
+    pieces = intake.feed(core_body("openai", [make(0), odd, make(1), make(2)]))
+    assert "".join(pieces) == " w0half \ufffd w1 w2"
 
 
 def core_many_blocks(count):
