@@ -986,6 +986,21 @@ def parse_json(text: str) -> Any:
     return value
 
 
+def _is_same_json(one: str, other: Any) -> bool:
+    try:
+        return bool(parse_json(one) == parse_json(other))
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_json(text: str) -> bool:
+    try:
+        parse_json(text)
+    except ValueError:
+        return False
+    return True
+
+
 class Room:
     """Space for so many characters; several buffers may share it.
 
@@ -1028,6 +1043,17 @@ class TextBuffer:
         """All that is kept."""
         return b"".join(self._blocks).decode() + "".join(self._tail)
 
+    def last(self, size: int) -> str:
+        """The last characters of it; what stands before them is not looked at."""
+        pieces: list[str] = []
+        blocks = (block.decode() for block in reversed(self._blocks))
+        for piece in itertools.chain(reversed(self._tail), blocks):
+            if size <= 0:
+                break
+            pieces.append(piece if len(piece) < size else piece[len(piece) - size :])
+            size -= len(piece)
+        return "".join(reversed(pieces))
+
 
 class _OpenCall:
     """A tool call that is still being received."""
@@ -1044,16 +1070,12 @@ class _OpenCall:
 
     def whole(self) -> ToolCall | None:
         """The call, if it was closed and its arguments are what they should be."""
-        arguments = self.arguments.text
         if not (self.closed and self.name) or self.arguments.dropped:
             return None
         if not self.is_json:
-            return ToolCall(self.id, self.name, arguments)
-        try:
-            parse_json(arguments or "{}")
-        except ValueError:
-            return None
-        return ToolCall(self.id, self.name, arguments or "{}")
+            return ToolCall(self.id, self.name, self.arguments.text)
+        arguments = self.arguments.text or "{}"
+        return ToolCall(self.id, self.name, arguments) if _is_json(arguments) else None
 
 
 _EACH_KEPT = 100  # bytes that an object, array or other kept value takes by itself
@@ -1110,14 +1132,13 @@ class _Kept:
         if key in self._calls:
             self._calls[key].closed = True
 
-    def close_calls(self, index: int | None = None) -> None:
-        """End every tool call that was begun, or those of one choice."""
-        for call in self._calls.values():
-            call.closed = call.closed or index in (None, call.choice)
-
     def call(self, key: Any) -> _OpenCall | None:
         """The tool call known as ``key``, if it was begun."""
         return self._calls.get(key)
+
+    def call_keys(self) -> dict[str | None, Any]:
+        """How the stream knows the tool calls that were begun, by their IDs."""
+        return {call.id: key for key, call in self._calls.items()}
 
     def tool_calls(self) -> tuple[ToolCall, ...]:
         """The tool calls of choice 0 that came whole, in their order."""
@@ -1191,8 +1212,6 @@ class Answer(_Kept):
         super().__init__(limits, received)
         self.model: str | None = None
         self.id: str | None = None
-        #: The number of the last event, where the provider numbers them.
-        self.cursor: int | None = None
         #: Parts of the assistant turn, in the dialect's own form; see add_part().
         self.parts: list[dict[str, Any]] = []
         #: Whatever else a dialect must remember between two events; see keep().
@@ -1214,14 +1233,37 @@ class Answer(_Kept):
         self.started = False
         self.progress = 0
         self.last_kind = ""
+        self._has_id = False
+        #: The number of the last event that was understood, where events are numbered;
+        #: how many keepalives have taken the numbers behind it; what is missing there.
+        self.cursor: int | None = None
+        self.skipped = 0
+        self.hole = ""
+        self._counts = False
         self.resumed_at: int | None = None
+        # Half a surrogate pair, by kind and choice, until its other half comes.
         self._held: dict[tuple[str, int], str] = {}
+        # Where the runs of each part of the text stand, and which part grows, by kind.
+        self._runs: dict[tuple[str, Any], list[list[Any]]] = {}
+        self._growing: dict[str, Any] = {}
+        # A seam that trims makes the text another one than the provider's.
+        self._is_verbatim = seam is None or seam.replays
 
     def reattach(self) -> None:
         """The same answer goes on, perhaps between the halves of a surrogate pair."""
-        held = self._held
+        kept = (
+            "cursor",
+            "skipped",
+            "_counts",
+            "_held",
+            "_runs",
+            "_growing",
+            "_is_verbatim",
+        )
+        state = {name: vars(self)[name] for name in kept}
         self.new_request()
-        self._held, self.resumed_at = held, self.cursor
+        vars(self).update(state)
+        self.resumed_at = self.cursor
 
     def again(self) -> Answer:
         """The answer to the same request again, to be compared with this one."""
@@ -1229,6 +1271,22 @@ class Answer(_Kept):
         answer._side, answer._for_choices = self._side, self._for_choices
         answer.seam = ReplaySeam(self.received.text, self.sides())
         return answer
+
+    def close_calls(self, index: int | None = None) -> None:
+        """End every tool call that was begun, or those of one choice.
+
+        A call without arguments is whole, unless it is the last one of an answer that
+        was cut or has no finish reason: there the arguments may be what is missing.
+        """
+        last = {}
+        for call in self._calls.values():
+            if index in (None, call.choice):
+                call.closed = True
+                last[call.choice] = call
+        for choice, call in last.items():
+            reason, _ = self.finishes.get(choice, ("length", None))
+            if reason in ("length", "content_filter") and not call.arguments.kept:
+                call.closed = False
 
     # -- what a dialect calls
 
@@ -1249,9 +1307,8 @@ class Answer(_Kept):
         self.open_call(key)
         call = self._calls[key]
         call.choice = _index(index)
-        if not isinstance(arguments, str):
-            self.odd(arguments)
-            arguments = ""
+        if not isinstance(arguments, str):  # some servers send the JSON itself
+            arguments = "" if arguments is None else jsonlib.dumps(arguments)
         arguments = self._encodable(("tool_call", call.number), arguments)
         call.arguments.add(arguments)
         if call.arguments.dropped:
@@ -1263,6 +1320,19 @@ class Answer(_Kept):
         if arguments or data != call.told:
             call.told = data
             self.out.append(Delta("tool_call", arguments, call.choice, data))
+
+    def complete_call(self, key: Any, arguments: Any) -> None:
+        """Take a call's arguments once more, whole, and end it."""
+        self.open_call(key)
+        call = self._calls[key]
+        said = call.arguments.text
+        if isinstance(arguments, str) and arguments.startswith(said):
+            self.call_arguments(key, arguments[len(said) :], call.choice)
+        elif not said:
+            self.call_arguments(key, arguments, call.choice)
+        elif arguments and not (call.is_json and _is_same_json(said, arguments)):
+            self._contradict("arguments of a tool call")
+        call.closed = True
 
     def finish(self, reason: str, raw: Any, index: Any = 0) -> None:
         """Note that a choice has finished.
@@ -1294,9 +1364,12 @@ class Answer(_Kept):
         self.parts.append(part)
 
     def identify(self, id: Any, model: Any) -> None:
-        """Note the answer's ID and model; the first ones that are not empty count."""
-        if self.id is None and isinstance(id, str) and id:
-            self.id = id
+        """Note the answer's ID and model; the first that is not empty counts.
+
+        Each request has an ID of its own: what is resumed is the last one's.
+        """
+        if not self._has_id and isinstance(id, str) and id:
+            self.id, self._has_id = id, True
         if self.model is None and isinstance(model, str) and model:
             self.model = model
 
@@ -1316,10 +1389,77 @@ class Answer(_Kept):
         """Note progress that brings no delta, such as a search that has begun."""
         self.progress += 1
 
+    def follows(self, number: int) -> bool:
+        """Keep count of numbered events: whether this one is the next.
+
+        What was read before comes again after reattaching.  Behind a hole nothing has
+        a place: ``cursor`` stays, and only what gives the answer whole can fill it.
+        """
+        cursor = self.cursor
+        if cursor is None or cursor < number <= cursor + 1 + self.skipped:
+            self._counts = cursor is not None
+            self.cursor, self.skipped, self.resumed_at = number, 0, None
+            return True
+        if number > cursor:
+            self.hole = self.hole or f"events {cursor + 1} to {number - 1} were lost"
+            self.progress += 1
+        elif self.resumed_at is None and not self._counts:
+            return True  # a server that gives all events the same number has none
+        elif self.resumed_at is None:
+            self.hole = self.hole or f"two events have the number {number}"
+        return False
+
+    def begin_part(self, kind: str, part: Any) -> None:
+        """What comes of that kind from now on, in choice 0, belongs to this part."""
+        if self._growing.get(kind) == part or self.dropped:
+            return
+        position = self.position(kind)
+        if kind in self._growing:
+            self._runs[kind, self._growing[kind]][-1][1] = position
+        self.keep(part)
+        self._runs.setdefault((kind, part), []).append([position, None])
+        self._growing[kind] = part
+
+    def complete_part(self, kind: str, part: Any, text: Any) -> None:
+        """Take a part once more, whole: hand out what its pieces lacked."""
+        if not isinstance(text, str):
+            self.odd(text)
+            return
+        said = self._said(kind, part)
+        if said is None:
+            return  # it cannot be compared, and its pieces are there
+        if said == "":
+            self.begin_part(kind, part)
+        if self._growing.get(kind) == part:
+            self._add_rest(kind, said, text)
+        elif not _is_same(said, text):
+            self._contradict(kind)
+
+    def complete_parts(self, kind: str, parts: Mapping[Any, str]) -> bool:
+        """Take all text of that kind once more, whole: hand out what was missing.
+
+        :param parts: the texts by part, in their order.
+        :returns: whether it is known to say what the pieces said, and more.
+        """
+        whole, said = "".join(parts.values()), self._between(kind, 0, None)
+        if not whole:
+            return said == ""
+        if said is None:
+            return False
+        in_turns = len(parts) > 1 and not whole.startswith(said)
+        if in_turns and all(_is_same(self._said(kind, p), parts[p]) for p in parts):
+            return True
+        self._add_rest(kind, said, whole)
+        return True
+
     def odd(self, value: Any) -> None:
         """Count a value that has an unexpected type; null is none."""
         if value is not None:
             self.malformed += 1
+
+    def part(self, kind: str) -> Any:
+        """The part that grows, see :meth:`begin_part`; None if there are none."""
+        return self._growing.get(kind)
 
     def position(self, kind: str = "text") -> int:
         """The offset in the text of that kind at which the next piece will stand."""
@@ -1420,6 +1560,49 @@ class Answer(_Kept):
         if text:
             self.out.append(text)
 
+    def _said(self, kind: str, part: Any) -> str | None:
+        """What the pieces of a part have said; None if that is not known."""
+        runs = self._runs.get((kind, part), ())
+        said = [self._between(kind, *run) for run in runs]
+        return None if None in said else "".join(map(str, said))
+
+    def _between(self, kind: str, start: int, end: int | None) -> str | None:
+        """What this generation said of that kind between two offsets; None if unknown."""
+        buffer = self.received if kind == "text" else self._side.get((kind, 0))
+        is_side_of_replay = self.seam is not None and kind != "text"
+        if not self._is_verbatim or is_side_of_replay or (buffer and buffer.dropped):
+            return None if kind in self._growing else ""
+        waiting = "".join(piece for piece in self.out if isinstance(piece, str))
+        waiting = waiting if kind == "text" else ""
+        size = self.position(kind) - start
+        if size <= 0 or buffer is None:
+            return ""
+        if self.seam is not None:  # a replay has come so far
+            text = (buffer.text + waiting)[start : start + size]
+        else:
+            text = (buffer.last(max(0, size - len(waiting))) + waiting)[-size:]
+        return text if end is None else text[: end - start]
+
+    def _add_rest(self, kind: str, said: str, whole: str) -> None:
+        """Hand out what a whole text has beyond what its pieces said."""
+        whole = _mend(whole) if _SURROGATE.search(whole) else whole
+        if whole.startswith(said):
+            self._held.pop((kind, 0), None)  # the whole has that pair's other half
+            self.add(kind, whole[len(said) :], 0)
+        elif not _is_same(said, whole):
+            self._contradict(kind)
+
+    def _contradict(self, kind: str) -> None:
+        if kind == "reasoning":  # some services rewrite it; the answer is not touched
+            logger.info("the reasoning is given once more in other words")
+            return
+        self.fail(
+            MalformedStreamError(
+                f"the {kind} that the stream gives once more as a whole differs from "
+                "its pieces: one of the two is wrong, and the pieces were handed out"
+            )
+        )
+
     def _emit_side(self, delta: Delta) -> None:
         """Hand out anything but visible text, unless a replay brings it again."""
         if self.seam is not None:
@@ -1449,13 +1632,20 @@ class Answer(_Kept):
                 self.add(kind, "\ufffd", index)
 
 
+def _is_same(said: str | None, whole: str) -> bool:
+    """Whether two texts are the same, but for white space that somebody has trimmed."""
+    return said is not None and (
+        said == whole or "".join(said.split()) == "".join(whole.split())
+    )
+
+
 def _mend(text: str) -> str:
     utf16 = text.encode("utf-16-le", "surrogatepass")
     return utf16.decode("utf-16-le", "replace")
 
 
 def _index(value: Any) -> int:
-    return value if isinstance(value, int) and 0 <= value < 1 << 31 else 0
+    return value if _count(value) is not None and 0 <= value < 1 << 31 else 0
 
 
 def _count(value: Any) -> int | None:
@@ -1552,14 +1742,15 @@ class ContinueSeam(Seam):
 
     :param text: the prefix as it was handed out.
     :param sent: the prefix as it was sent (some providers want it stripped).
+    :param copy: what the reply may begin with a copy of; "" if with none.
     """
 
-    def __init__(self, text: str, sent: str) -> None:
+    def __init__(self, text: str, sent: str, copy: str) -> None:
         super().__init__(text)
-        self._sent = sent
+        self._sent = copy
         self._space = text[len(sent) :]
         self._skipped = 0  # so much of that space has come again
-        self._over = not sent
+        self._over = not copy
 
     def feed(self, text: str) -> str:
         if self._over:
@@ -1920,6 +2111,8 @@ class Dialect:
     finish_reasons: ClassVar[Mapping[str, str]] = {}
     #: Whether a last assistant message is continued, exactly, by every such server.
     continues_exactly = False
+    #: Whether the reply may begin with a copy of the text that it continues.
+    repeats_prefix = True
     #: Whether the text to be continued must not end in whitespace.
     strips_prefix = False
     #: Whether a request without a key is hopeless, whatever the base URL.
@@ -2006,8 +2199,14 @@ class Dialect:
         """Note a finish reason in the provider's own word; null is none."""
         if not isinstance(raw, str) or not raw:
             answer.odd(raw or None)
-            return
-        answer.finish(self.finish_reasons.get(raw, "other"), raw, index)
+        elif raw in self.finish_reasons:
+            answer.finish(self.finish_reasons[raw], raw, index)
+        elif raw.lower().replace("-", "_") in _INTERRUPTIONS:
+            message = f"the provider broke the answer off, with finish reason {raw!r}"
+            answer.fail(APIError(message, code=raw, retryable=True))
+        else:
+            logger.info("an unknown finish reason is taken for an end")
+            answer.finish("other", raw, index)
 
 
 def _turns(messages: Messages) -> list[Any]:
@@ -2061,6 +2260,22 @@ def _join_url(base_url: str, path: str) -> str:
         (parts.scheme, parts.netloc, parts.path.rstrip("/") + path, queries, "")
     )
 
+
+#: Finish reasons that name an interruption: a drop, whatever marker follows it.  Of
+#: vLLM (shutdown, scale-down), GLM, DeepSeek and gateways; other words are ends.
+_INTERRUPTIONS = frozenset(
+    [
+        "abort",
+        "aborted",
+        "cancelled",
+        "canceled",
+        "error",
+        "error_finish",
+        "network_error",
+        "insufficient_system_resource",
+        "repetition_truncation",
+    ]
+)
 
 _STANDARD_FINISHES = {
     "stop": "stop",
@@ -2131,17 +2346,11 @@ class OpenAI(Dialect):
         index = choice.get("index")
         if delta is not None:
             self._read_delta(_dict(delta, answer), _index(index), answer)
-        raw = choice.get("finish_reason")
-        if raw in ("error", "insufficient_system_resource"):
-            answer.fail(
-                APIError(
-                    f"the provider ended the answer with finish reason {raw!r}",
-                    code=raw,
-                    retryable=True,
-                )
-            )
-        elif raw is not None:
-            self.finish(answer, raw, index)
+        if choice.get("error"):  # OpenRouter's, of the provider behind it
+            error = self.error({"error": choice["error"]})
+            error.retryable = error.retryable or error.status is None
+            answer.fail(error)
+        self.finish(answer, choice.get("finish_reason"), index)
 
     def _read_delta(self, delta: dict[str, Any], index: int, answer: Answer) -> None:
         answer.reasoning(_reasoning(delta), index)
@@ -2171,7 +2380,7 @@ class OpenAI(Dialect):
         """A fragment of a tool call; servers disagree on how to number them."""
         function = _dict(call.get("function"), answer)
         id, name = call.get("id"), function.get("name")
-        key = self._call_key(call, name, index, answer)
+        key = self._call_key(call, function, index, answer)
         last = answer.memory.get(("call", index))
         if key != last:
             known = answer.call(last)
@@ -2179,15 +2388,12 @@ class OpenAI(Dialect):
                 answer.close_call(last)  # without arguments, they may yet come
             answer.memory["call", index] = key
         answer.open_call(key, id, name)
-        arguments = function.get("arguments")
-        if isinstance(arguments, dict):
-            arguments = jsonlib.dumps(arguments)
-        answer.call_arguments(key, arguments, index)
+        answer.call_arguments(key, function.get("arguments"), index)
 
     def _call_key(
-        self, call: dict[str, Any], name: Any, index: int, answer: Answer
+        self, call: dict[str, Any], function: dict[str, Any], index: int, answer: Answer
     ) -> Any:
-        number, id = call.get("index"), call.get("id")
+        number, id, name = call.get("index"), call.get("id"), function.get("name")
         number = number if isinstance(number, int) else None
         id = id if isinstance(id, str) and id else None
         last = answer.memory.get(("call", index))
@@ -2198,8 +2404,17 @@ class OpenAI(Dialect):
             base = (index, answer.calls_begun)
         slot = answer.memory.setdefault(("slot", base), (*base, id or ""))
         known = answer.call(slot)
-        if known is not None and known.id and id and name and known.id != id:
-            slot = answer.memory["slot", base] = (*base, id)
+        if known is None or not name:
+            return slot
+        if known.id and id:
+            is_next = known.id != id
+        else:  # a shim that numbers none: another name, or one more behind a whole call
+            more = known.arguments.kept and function.get("arguments")
+            is_next = known.name not in ("", name) or bool(
+                more and _is_json(known.arguments.text)
+            )
+        if is_next:
+            slot = answer.memory["slot", base] = (*base, id or answer.calls_begun)
         return slot
 
     def _read_usage(self, chunk: dict[str, Any], answer: Answer) -> None:
@@ -2275,6 +2490,7 @@ class VLLM(OpenAI):
     base_url_names: tuple[str, ...] = ()
     key_names: tuple[str, ...] = ()
     continues_exactly = True
+    repeats_prefix = False
 
     def prefill(self, body: dict[str, Any], text: str) -> dict[str, Any] | None:
         more = super().prefill(body, text)
@@ -2292,6 +2508,7 @@ class LlamaCpp(OpenAI):
     base_url_names: tuple[str, ...] = ()
     key_names: tuple[str, ...] = ()
     continues_exactly = True
+    repeats_prefix = False
     idle_keys: tuple[str, ...] = (*OpenAI.idle_keys, "timings")
 
 
@@ -2323,6 +2540,7 @@ class DeepSeek(Mistral):
     base_url: str | None = "https://api.deepseek.com"
     key_names: tuple[str, ...] = ("DEEPSEEK_API_KEY",)
     asks_for_usage = True
+    repeats_prefix = False
 
     def resume_url(self, url: str) -> str:
         parts = urlsplit(url)
@@ -2351,6 +2569,7 @@ class OpenAICompletions(OpenAI):
     name = "openai-completions"
     path = "/completions"
     continues_exactly = True
+    repeats_prefix = False
 
     def body(
         self, messages: Messages, model: str | None, params: dict[str, Any]
@@ -2383,34 +2602,17 @@ class _ResponsesEvents(Dialect):
     cursor_key = "sequence_number"
 
     def read(self, chunk: dict[str, Any], answer: Answer, event: str) -> None:
-        kind = chunk.get("type")
-        if self._is_known(chunk.get("sequence_number"), answer):
+        kind, number = chunk.get("type"), _count(chunk.get("sequence_number"))
+        number = None if number is None or number < 0 else number
+        if kind == "keepalive":  # it is stored nowhere: it must not be the cursor
+            answer.skipped += number == (answer.cursor or 0) + 1 + answer.skipped
             return
+        is_next = number is None or answer.follows(number)
         reader = self._readers.get(kind) if isinstance(kind, str) else None
-        if reader is not None:
+        if reader is not None and (is_next or reader in self._last_readers):
             reader(self, chunk, answer)
-        elif kind != "keepalive":
+        elif is_next:
             answer.advance()
-
-    def _is_known(self, number: Any, answer: Answer) -> bool:
-        """Keep count of the events; after reattaching, leave out known ones."""
-        if _count(number) is None:
-            return False
-        resumed_at = answer.resumed_at
-        if resumed_at is not None:
-            if number <= resumed_at:
-                return True
-            if number > resumed_at + 1:
-                answer.fail(
-                    IncompleteStreamError(
-                        f"events {resumed_at + 1} to {number - 1} were lost while "
-                        "reattaching"
-                    )
-                )
-                return True
-            answer.resumed_at = None
-        answer.cursor = number
-        return False
 
     def read_whole(self, document: dict[str, Any], answer: Answer) -> None:
         if document.get("status") in ("queued", "in_progress"):
@@ -2422,30 +2624,21 @@ class _ResponsesEvents(Dialect):
         self._read_end({"response": document}, answer)
 
     def _read_delta(self, chunk: dict[str, Any], answer: Answer) -> None:
-        self._add(chunk, chunk.get("delta"), answer)
+        kind, part = self._part(chunk)
+        answer.begin_part(kind, part)
+        answer.add(kind, chunk.get("delta"), 0)
 
     def _read_done(self, chunk: dict[str, Any], answer: Answer) -> None:
-        """A whole part again; taken only if no delta of it came."""
-        if self._part(chunk) not in answer.memory:
-            self._add(chunk, chunk.get("text", chunk.get("refusal")), answer)
-
-    def _add(self, chunk: dict[str, Any], text: Any, answer: Answer) -> None:
-        kind = chunk["type"]
-        if "output_text" in kind:
-            answer.text(text)
-        elif "refusal" in kind:
-            answer.refusal(text)
-        else:
-            answer.reasoning(text)
-        part = self._part(chunk)
-        if part not in answer.memory:
-            answer.keep(part)
-            answer.memory[part] = True
+        """A part once more, whole."""
+        text = chunk.get("text", chunk.get("refusal"))
+        answer.complete_part(*self._part(chunk), text)
 
     def _part(self, chunk: dict[str, Any]) -> tuple[str, str]:
-        kind = chunk["type"].rpartition(".")[0]
-        place = [chunk.get(k) for k in ("output_index", "content_index")]
-        return kind, str([*place, chunk.get("summary_index")])
+        """The kind of a part, and which one it is."""
+        name = chunk["type"].split(".")[1]
+        kind = "reasoning" if "reasoning" in name else name.replace("output_", "")
+        indexes = ("output_index", "content_index", "summary_index")
+        return kind, str([name, *map(chunk.get, indexes)])
 
     def _read_item(self, chunk: dict[str, Any], answer: Answer) -> None:
         """An output item begins, or is repeated whole at its end."""
@@ -2458,7 +2651,7 @@ class _ResponsesEvents(Dialect):
         if call is not None and item["type"] == "custom_tool_call":
             call.is_json = False
         if chunk.get("type") == "response.output_item.done":
-            self._close(key, item.get("arguments", item.get("input")), answer)
+            answer.complete_call(key, item.get("arguments", item.get("input")))
         else:
             answer.call_arguments(key, item.get("arguments", item.get("input")))
 
@@ -2467,19 +2660,12 @@ class _ResponsesEvents(Dialect):
 
     def _read_arguments_done(self, chunk: dict[str, Any], answer: Answer) -> None:
         whole = chunk.get("arguments", chunk.get("input"))
-        self._close(self._item_key(chunk), whole, answer)
+        answer.complete_call(self._item_key(chunk), whole)
 
     def _item_key(self, chunk: dict[str, Any]) -> str:
         """Gateways rewrite item IDs between events; llama.cpp sends nothing else."""
         item = chunk.get("item_id") or _dict(chunk.get("item")).get("id")
         return str(chunk.get("output_index", item))
-
-    def _close(self, key: str, arguments: Any, answer: Answer) -> None:
-        answer.open_call(key)
-        call = answer.call(key)
-        if arguments and call is not None and not call.arguments.kept:
-            answer.call_arguments(key, arguments)
-        answer.close_call(key)
 
     def _read_begin(self, chunk: dict[str, Any], answer: Answer) -> None:
         response = _dict(chunk.get("response"), answer)
@@ -2492,48 +2678,69 @@ class _ResponsesEvents(Dialect):
         usage = response.get("usage")
         if isinstance(usage, dict):
             answer.count(usage.get("input_tokens"), usage.get("output_tokens"), usage)
-        if response.get("error") or response.get("status") in ("failed", "cancelled"):
-            status = f"the response is {response.get('status')}"
-            answer.fail(self.error({"message": status, **response}))
+        # The event's own type counts as much as the status in it, which may lack.
+        status = response.get("status")
+        words = {str(chunk.get("type")).rpartition(".")[2], status}
+        if response.get("error") or words & {"failed", "cancelled"}:
+            what = "failed" if "failed" in words else "cancelled"
+            answer.fail(self.error({"message": f"the response is {what}", **response}))
             return
         output = _dicts(response.get("output"), answer)
-        self._read_output(output, answer)
+        is_proved = self._read_output(output, answer)
+        if answer.hole and not (output and is_proved):
+            answer.fail(
+                IncompleteStreamError(
+                    f"{answer.hole}, and the end of the stream does not say what was "
+                    "in them",
+                    retryable=True,
+                )
+            )
         if output:
             answer.parts = output
-        answer.finish(*self._reason(response, answer))
-        answer.end()
-
-    def _read_output(self, output: list[dict[str, Any]], answer: Answer) -> None:
-        """Take from the final object what no event has brought."""
-        seen = " ".join({kind for kind, _ in answer.memory})
-        for number, item in enumerate(output):
-            kind = item.get("type")
-            if kind in ("function_call", "custom_tool_call"):
-                done = {"type": "response.output_item.done", "output_index": number}
-                self._read_item({**done, "item": item}, answer)
-            if kind == "message":
-                self._read_parts(item.get("content"), seen, answer)
-            if kind == "reasoning":
-                self._read_parts(item.get("summary"), seen, answer)
-                self._read_parts(item.get("content"), seen, answer)
-
-    def _read_parts(self, parts: Any, seen: str, answer: Answer) -> None:
-        for part in _dicts(parts, answer):
-            kind = str(part.get("type"))
-            if kind == "output_text" and kind not in seen:
-                answer.text(part.get("text"))
-            if kind == "refusal" and kind not in seen:
-                answer.refusal(part.get("refusal"))
-            if kind in ("summary_text", "reasoning_text") and "reasoning" not in seen:
-                answer.reasoning(part.get("text"))
-
-    def _reason(self, response: dict[str, Any], answer: Answer) -> tuple[str, Any]:
-        status = response.get("status")
-        if status == "incomplete":
+        reason = "tool_calls" if answer.calls_begun else "stop"
+        if "incomplete" in words:
             why = _dict(response.get("incomplete_details")).get("reason")
             known = {"max_output_tokens": "length", "content_filter": "content_filter"}
-            return known.get(str(why), "other"), status
-        return ("tool_calls" if answer.calls_begun else "stop"), status
+            reason, status = known.get(str(why), "other"), status or "incomplete"
+        answer.finish(reason, status or "completed")
+        answer.end()
+
+    def _read_output(self, output: list[dict[str, Any]], answer: Answer) -> bool:
+        """Take from the final object what no event has brought.
+
+        :returns: whether it is known to say what the visible text says, and more.
+        """
+        texts: dict[str, dict[str, str]] = {"text": {}, "refusal": {}, "reasoning": {}}
+        known = answer.call_keys()
+        for number, item in enumerate(output):
+            place: dict[str, Any] = {"output_index": number}
+            if item.get("type") in ("function_call", "custom_tool_call"):
+                # Some gateways number the items here otherwise than in the events.
+                key = known.get(str(item.get("call_id") or item.get("id")), number)
+                done = {"type": "response.output_item.done", "output_index": key}
+                self._read_item({**done, "item": item}, answer)
+            if item.get("type") not in ("message", "reasoning"):
+                continue
+            for name, index in (
+                ("summary", "summary_index"),
+                ("content", "content_index"),
+            ):
+                for i, part in enumerate(_dicts(item.get(name), answer)):
+                    kind = self._final_parts.get(str(part.get("type")))
+                    text = part.get("text", part.get("refusal"))
+                    if kind and isinstance(text, str):
+                        kind, key = self._part({"type": kind, **place, index: i})
+                        texts[kind][key] = text
+        proved = [answer.complete_parts(kind, texts[kind]) for kind in texts]
+        return proved[0]
+
+    #: The types of parts in the final object, and of the events that bring them.
+    _final_parts: ClassVar[dict[str, str]] = {
+        "output_text": "response.output_text.done",
+        "refusal": "response.refusal.done",
+        "reasoning_text": "response.reasoning_text.done",
+        "summary_text": "response.reasoning_summary_text.done",
+    }
 
     def _read_error(self, chunk: dict[str, Any], answer: Answer) -> None:
         answer.fail(self.error(chunk))
@@ -2562,6 +2769,8 @@ class _ResponsesEvents(Dialect):
         "response.cancelled": _read_end,
         "error": _read_error,
     }
+    #: These count whatever was missing before them.
+    _last_readers: ClassVar[tuple[Any, ...]] = (_read_end, _read_error)
 
 
 class OpenAIResponses(_ResponsesEvents):
@@ -2655,6 +2864,7 @@ class Anthropic(Dialect):
         "stop_reason",
         "error",
     )
+    repeats_prefix = False
     strips_prefix = True
     pads = True
     finish_reasons: ClassVar[Mapping[str, str]] = {
@@ -3182,7 +3392,9 @@ class Cohere(Dialect):
         raw = delta.get("finish_reason")
         if raw in ("ERROR", "TIMEOUT") or delta.get("error"):
             kind = delta.get("error_type") or raw
-            answer.fail(self.error({"error": delta.get("error") or raw, "type": kind}))
+            error = self.error({"error": delta.get("error") or raw, "type": kind})
+            error.retryable = error.retryable or raw == "TIMEOUT"
+            answer.fail(error)
         else:
             self.finish(answer, raw)
 
@@ -3281,6 +3493,7 @@ class OllamaGenerate(Ollama):
 
     name = "ollama-generate"
     path = "/api/generate"
+    repeats_prefix = False
 
     def body(
         self, messages: Messages, model: str | None, params: dict[str, Any]
@@ -3316,6 +3529,7 @@ class TGI(Dialect):
     end_marker = ""
     vital_keys: tuple[str, ...] = ("token", "text", "generated_text", "error")
     continues_exactly = True
+    repeats_prefix = False
     finish_reasons: ClassVar[Mapping[str, str]] = {
         "length": "length",
         "eos_token": "stop",
@@ -3457,8 +3671,16 @@ class _EventDecoder(SSEDecoder):
     terminator = b"\n\n"
 
     def _finish(self) -> list[ServerSentEvent]:
-        self.close()
-        return []
+        """The event that the end cuts off, as far as it came; close() discards it."""
+        self._check()
+        event = self._dispatch(_decoded(self._head + bytes(self._pending)))
+        return [] if event is None else [event]
+
+    @property
+    def _breaks_off(self) -> bool:
+        """Whether the body ends inside of an event; comments belong to none."""
+        lines = _decoded(self._head + bytes(self._pending)).split("\n")
+        return any(line.partition(":")[0] not in ("", "id", "retry") for line in lines)
 
 
 if TYPE_CHECKING:
@@ -3489,11 +3711,15 @@ class _Shape:
     thing with another text.
 
     :param kind: what the text is: ``text`` or ``reasoning``.
+    :param part: the part of the answer that it belongs to; None if there are none.
     :param literals: one more than there are holes.
     """
 
-    def __init__(self, kind: str, literals: list[bytes], holes: list[str]) -> None:
+    def __init__(
+        self, kind: str, part: Any, literals: list[bytes], holes: list[str]
+    ) -> None:
         self.kind = kind
+        self.part = part
         literals = [re.escape(literal) for literal in literals]
         inner = (_HOLES[hole] + literal for hole, literal in zip(holes, literals[1:]))
         self._pattern = re.compile(literals[0] + b"".join(inner))
@@ -3579,38 +3805,45 @@ class _Lesson(NamedTuple):
         start = len(block.rstrip("\n")) - len(data)
         if start < 0 or not _BEFORE_DATA.match(block[:start]):
             return None
-        piece = self._read(data) if block.startswith(data, start) else None
-        if piece is None:
+        answer = self._read(data) if block.startswith(data, start) else None
+        piece = self._piece(answer)
+        if answer is None or piece is None:
             return None
         holes = self._holes(str(piece))
         kinds = [kind for *_, kind in holes]
         literals = _literals(block, start, holes)
         if kinds.count("text") != 1 or len(kinds) > _MOST_HOLES or not all(literals):
             return None
-        return _Shape(
-            piece.kind if isinstance(piece, Delta) else "text", literals, kinds
-        )
+        kind = piece.kind if isinstance(piece, Delta) else "text"
+        return _Shape(kind, answer.part(kind), literals, kinds)
 
-    def _pieces(self, data: str) -> list[Piece] | None:
-        """The pieces that the event brings; None if it does anything else."""
+    def _read(self, data: str) -> Answer | None:
+        """What the event says to an answer; None if it is more than pieces.
+
+        It is read twice, for what it says the second time depends on the first: such
+        an event (a part given once more as a whole, say) teaches nothing.
+        """
         answer = Answer()
         chunk = parse_json(data)
         if not isinstance(chunk, dict) or chunk.get("error"):
             return None
         self.dialect.read(chunk, answer, self.event.event)
+        pieces, answer.cursor = list(answer.out), None
+        self.dialect.read(chunk, answer, self.event.event)
+        if answer.out != pieces * 2:
+            return None
         effects = (answer.error, answer.ended, answer.finishes, answer.usage)
         if any(effects) or answer.malformed or answer.parts or answer.calls_begun:
             return None
         if answer.progress != len(answer.out) or not answer.is_plain:
             return None
-        return answer.out
+        return answer
 
-    def _read(self, data: str) -> Piece | None:
+    def _piece(self, answer: Answer | None) -> Piece | None:
         """The piece that the event brings, if it is one that may be text."""
-        pieces = self._pieces(data)
-        if pieces is None or len(pieces) != 1:
+        if answer is None or len(answer.out) != 2:
             return None
-        piece = pieces[0]
+        piece = answer.out[0]
         other = isinstance(piece, Delta) and (piece.index or piece.kind != "reasoning")
         return None if other else piece
 
@@ -3631,7 +3864,7 @@ class _Lesson(NamedTuple):
         """The string, or the number that it names, if the dialect does not read it."""
         data, dialect = self.event.data, self.dialect
         key, name = _key_before(data, token.start()), token.group()[1:-1]
-        if key in dialect.idle_keys:
+        if key in dialect.idle_keys and name:  # else it may be what is waited for
             return token.start() + 1, token.end() - 1, "idle"
         number = _JSON_NUMBER.match(data, token.end())
         if key is not None or number is None:
@@ -3654,9 +3887,11 @@ class _Lesson(NamedTuple):
         """Whether any string in place of this one would be the text instead."""
         data, other = self.event.data, text + "?"
         before, after = data[: token.start()], data[token.end() :]
-        if self._pieces(f'{before}""{after}') != []:
+        without = self._read(f'{before}""{after}')
+        if without is None or without.out:
             return False  # without it, another one is
-        return str(self._read(before + jsonlib.dumps(other) + after)) == other
+        piece = self._piece(self._read(before + jsonlib.dumps(other) + after))
+        return str(piece) == other
 
 
 def _is_ours(kind: type) -> bool:
@@ -3788,7 +4023,7 @@ class _Reader:
             return
         if field == "error" and not _dict(document).get("error"):
             document = {"error": document}
-        if _dict(document).get("error"):
+        if _first_object(document).get("error"):
             self._answer.fail(self._dialect.error(document))
 
     def read_whole(self, text: str) -> None:
@@ -3919,7 +4154,7 @@ class _Intake:
             one = shape.read(region)
             if one is not None:
                 self._patience = _PATIENCE
-                self._take_texts(shape.kind, *one)
+                self._take_texts(shape, *one)
                 return True
             gaps, texts, numbers = shape.split(region)
         except ValueError:  # a text needs mending, which parsing does
@@ -3932,7 +4167,7 @@ class _Intake:
         for end, gap in enumerate(gaps):  # so many texts stand before this gap
             if not gap and end < len(texts):
                 continue
-            self._take_texts(shape.kind, texts[start:end], numbers[start:end])
+            self._take_texts(shape, texts[start:end], numbers[start:end])
             start = end
             self._take_blocks(gap)
             if self._answer.ended or self._answer.error is not None:
@@ -3977,18 +4212,35 @@ class _Intake:
             if self._answer.ended or self._answer.error is not None:
                 return
 
-    def _take_texts(self, kind: str, texts: list[str], numbers: list[bytes]) -> None:
+    def _take_texts(
+        self, shape: _Shape, texts: list[str], numbers: list[bytes]
+    ) -> None:
         """Take what events of the shape bring."""
+        answer, kind = self._answer, shape.kind
         self._reader.events += len(texts)
         if numbers:
-            self._answer.cursor = int(numbers[-1])
+            texts = self._in_sequence(texts, numbers)
         if "" in texts:
             texts = [text for text in texts if text]
-        if texts and self._answer.is_plain:  # a gap may have made it otherwise
-            self._answer.add_texts(kind, texts)
-        elif texts:
+        if not texts:
+            return
+        if shape.part is not None:
+            answer.begin_part(kind, shape.part)
+        if answer.is_plain:  # a gap may have made it otherwise
+            answer.add_texts(kind, texts)
+        else:
             for text in texts:
-                self._answer.add(kind, text, 0)
+                answer.add(kind, text, 0)
+
+    def _in_sequence(self, texts: list[str], numbers: list[bytes]) -> list[str]:
+        """The texts whose events follow each other without a hole."""
+        answer, last = self._answer, int(numbers[-1])
+        first = last + 1 - len(numbers)
+        follows = first - 1 == answer.cursor and not answer.skipped
+        if follows and list(map(int, numbers)) == list(range(first, last + 1)):
+            answer.cursor = last
+            return texts
+        return [t for t, number in zip(texts, numbers) if answer.follows(int(number))]
 
     def _learn(self, region: bytes, event: ServerSentEvent) -> None:
         """Learn the shape of the last event; after many misses, give up."""
@@ -4012,10 +4264,18 @@ class _Intake:
         if isinstance(decoder, _WholeDecoder):
             self._reader.read_whole(events[0].data)
             return
+        breaks_off = isinstance(decoder, _EventDecoder) and decoder._breaks_off
+        if breaks_off:
+            events = [event for event in events if _is_json(event.data)]
         for event in events:
             self._reader.read(event)
         if decoder._stray:
             self._reader.read_stray(decoder)
+        # A final finish reason makes up for what is missing, and without any finish the
+        # loop sees the cut; one that may stand on every chunk tells nothing.
+        if breaks_off and not events and not self._dialect.finish_is_final:
+            message = "the body ended in the middle of an event: the answer is cut"
+            self._answer.fail(IncompleteStreamError(message, retryable=True))
 
 
 def _excerpt(head: bytes) -> str:
@@ -4175,7 +4435,9 @@ def _is_repeatable(body: dict[str, Any]) -> bool:
 def _choice_count(body: dict[str, Any]) -> int:
     flat = _settings(body)
     counts = [_count(flat.get(name)) or 1 for name in ("n", "candidateCount")]
-    return max(counts)
+    prompt = body.get("prompt")  # several texts, or lists of tokens: n choices of each
+    is_list = isinstance(prompt, list) and isinstance((prompt or [0])[0], (str, list))
+    return max(counts) * (len(cast("list[Any]", prompt)) if is_list else 1)
 
 
 _ASK = (
@@ -5357,7 +5619,9 @@ class _Prompt(NamedTuple):
         if action == "ask":
             return self._post(self.url, body, action), AskSeam(text)
         url = self.dialect.resume_url(self.url)
-        return self._post(url, body, action), ContinueSeam(text, sent)
+        repeats = self.dialect.repeats_prefix or body.get("echo")
+        seam = ContinueSeam(text, sent, sent if repeats else "")
+        return self._post(url, body, action), seam
 
     def _resumed_body(
         self, action: str, text: str, reasoning: str

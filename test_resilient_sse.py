@@ -2130,7 +2130,7 @@ def test_a_continuation_gives_the_exact_text_or_an_error(
     rest = text[len(sent) :]
     if not repeats and rest.startswith(sent) and rs._is_distinct(sent):
         return  # DESIGN takes this for a copy: 32 characters or more, not periodic
-    seam = rs.ContinueSeam(before, sent)
+    seam = rs.ContinueSeam(before, sent, sent)
     out = core_through(seam, sent + rest if repeats else rest, cuts)
     assert out is None or before + out == text
 
@@ -2148,7 +2148,7 @@ def test_a_long_text_is_continued_whether_the_prefix_is_repeated_or_not(
         sent = before.rstrip() if strips else before
         reply = text if repeats else text[len(sent) :]
         for cuts in ([], range(0, 80, 3), range(80)):
-            seam = rs.ContinueSeam(before, sent)
+            seam = rs.ContinueSeam(before, sent, sent)
             assert before + core_through(seam, reply, cuts) == text
             assert seam.is_over or cut == len(text) or not repeats
 
@@ -2156,7 +2156,7 @@ def test_a_long_text_is_continued_whether_the_prefix_is_repeated_or_not(
 @pytest.mark.parametrize("text", ["Hello", "ab" * 50, "x" * 100, " " * 40, "a" * 31])
 def test_a_copy_that_may_be_new_text_is_an_error_that_says_so(text):
     with pytest.raises(rs.IncompleteStreamError, match="too short or too regular"):
-        rs.ContinueSeam(text, text).feed(text + "!")
+        rs.ContinueSeam(text, text, text).feed(text + "!")
 
 
 @pytest.mark.parametrize(
@@ -2193,7 +2193,7 @@ def test_long_regular_texts_cost_no_quadratic_time_at_a_seam():
     text = "a" * 500000 + "b" + "a" * 1500000
     started = time.process_time()
     assert not rs._is_distinct(text)
-    seam = rs.ContinueSeam("x" * 40 + " " * 500000, "x" * 40)
+    seam = rs.ContinueSeam("x" * 40 + " " * 500000, "x" * 40, "x" * 40)
     assert not any(seam.feed(" ") for _ in range(500000))
     assert (seam.is_over, seam.feed(" y")) == (True, " y")
     # Cut anew for each delta, or compared from each place, it would take minutes.
@@ -5759,12 +5759,12 @@ def dl_resume(dialect, first, second, model="m1", **more):
 
 @dl_offline
 def test_a_result_starts_over_where_a_continuation_cannot_be_told_from_a_copy():
-    whole = dl_text("vllm", "Then", end=True)
-    session = DlSession(dl_text("vllm", "The"), whole, whole)
+    whole = dl_text("mistral", "Then", end=True)
+    session = DlSession(dl_text("mistral", "The"), whole, whole)
     result = rs.complete_chat(
         "Hi",
         "m",
-        dialect="vllm",
+        dialect="mistral",
         base_url="https://host.test/v1",
         api_key="k",
         session=session,
@@ -5989,7 +5989,10 @@ def test_responses_in_the_background_are_reattached():
     body = b"".join(events)
     starts = [body.index(event) for event in events]
     for cut in range(1, len(body)):
-        known = sum(start + len(event) <= cut for start, event in zip(starts, events))
+        # An event whose data came whole counts, though the end cut off its blank line.
+        known = sum(
+            start + len(event.rstrip()) <= cut for start, event in zip(starts, events)
+        )
         rest = b"".join(events[known:]) if known else body
         stream, sent, error = dl_resume(
             "openai-responses",
@@ -6000,6 +6003,8 @@ def test_responses_in_the_background_are_reattached():
         )
         assert (error, stream.text) == (None, "AB"), cut
         assert sent[0].body["background"] is True
+        if known == len(events):
+            continue
         again = sent[1]
         if known:
             where = f"/responses/id1?stream=true&starting_after={known - 1}&k=1"
@@ -6324,7 +6329,7 @@ def test_the_dialect_of_the_readme_reads_an_answer(dl_parrot):
     assert (result.finish_reason, result.raw_finish_reason) == ("tool_calls", "call")
     assert result.usage[:2] == (1, 2)
     assert result.message == {"role": "assistant", "content": "Aye."}
-    for size in range(len(body)):
+    for size in range(len(body.rstrip())):
         heard = dl_hear(body[:size], dl_parrot)
         assert heard.error.retryable
         assert "Aye.".startswith(heard.result.text)
@@ -6349,6 +6354,571 @@ def test_the_dialect_of_the_readme_asks_and_resumes(dl_parrot, monkeypatch):
     assert one.headers["Authorization"] == "Bearer secret"
     assert one.body == {"parrot": "ara", "heard": "Hello", "pitch": 2}
     assert two.body == {**one.body, "already_said": DL_LONG}
+
+
+# -- what must not pass for a whole answer, and what must not be lost of one
+
+DL_INTERRUPTIONS = [
+    *["abort", "aborted", "cancelled", "error", "error_finish", "network_error"],
+    *["network-error", "insufficient_system_resource", "repetition_truncation"],
+]
+
+
+@pytest.mark.parametrize("word", DL_INTERRUPTIONS)
+def test_a_finish_reason_that_names_an_interruption_is_a_drop(word):
+    for end in (b"", DL_DONE):
+        heard = dl_hear(dl_chunk({"content": "Hel"}) + dl_chunk({}, word) + end, "vllm")
+        assert heard.error is not None
+        assert heard.error.retryable
+        assert (heard.error.text, heard.result.finish_reason) == ("Hel", None)
+    whole = {"message": {"content": "Hel"}, "finish_reason": word}
+    assert dl_hear(json.dumps({"choices": [whole]}).encode(), "vllm").error.retryable
+
+
+@dl_offline
+def test_an_interrupted_answer_is_continued_like_a_dropped_one():
+    first = dl_chunk({"content": "Hel"}) + dl_chunk({}, "abort") + DL_DONE
+    rest = dl_chunk({"content": "lo"}) + dl_chunk({}, "stop") + DL_DONE
+    stream, sent, error = dl_resume("vllm", first, rest)
+    assert (error, stream.text, len(sent)) == (None, "Hello", 2)
+    assert sent[1].body["continue_final_message"] is True
+
+
+DL_CHOICE_ERRORS = {
+    "a status": ({"code": 502, "message": "upstream died"}, True),
+    "no status": ({"message": "upstream died"}, True),
+    "a text": ("upstream died", True),
+    "a refusal": ({"code": 400, "message": "too long"}, False),
+}
+
+
+@pytest.mark.parametrize(
+    "error, is_drop", DL_CHOICE_ERRORS.values(), ids=list(DL_CHOICE_ERRORS)
+)
+def test_an_error_inside_a_choice_is_an_error(error, is_drop):
+    choice = {"delta": {"content": ""}, "finish_reason": "stop", "error": error}
+    body = dl_chunk({"content": "Hel"}) + dl_data({"choices": [choice]}) + DL_DONE
+    heard = dl_hear(body, "openrouter")
+    assert isinstance(heard.error, rs.APIError)
+    assert (heard.error.text, heard.error.retryable) == ("Hel", is_drop)
+
+
+def test_a_finish_reason_that_nobody_knows_is_an_end():
+    result = dl_hear(dl_chunk({"content": "Hi"}, "sated") + DL_DONE, "vllm").result
+    assert (result.finish_reason, result.raw_finish_reason) == ("other", "sated")
+
+
+DL_HI = dl_created(0) + dl_part("output_text.delta", 1, "Hi")
+
+# The event's type, the status in it, what else is in it; the finish, or None for an error.
+DL_VERDICTS = {
+    "completed, no status": ("completed", None, {}, "stop"),
+    "completed, but incomplete": (
+        "completed",
+        "incomplete",
+        {"incomplete_details": {"reason": "max_output_tokens"}},
+        "length",
+    ),
+    "completed, but failed": ("completed", "failed", {}, None),
+    "completed, but an error": (
+        "completed",
+        "completed",
+        {"error": {"code": "x"}},
+        None,
+    ),
+    "incomplete, no status": (
+        "incomplete",
+        None,
+        {"incomplete_details": {"reason": "content_filter"}},
+        "content_filter",
+    ),
+    "incomplete, but completed": ("incomplete", "completed", {}, "other"),
+    "failed, no status": ("failed", None, {}, None),
+    "failed, but completed": ("failed", "completed", {}, None),
+    "cancelled, no status": ("cancelled", None, {}, None),
+    "cancelled, but in progress": ("cancelled", "in_progress", {}, None),
+}
+
+
+@pytest.mark.parametrize(
+    "kind, status, facts, finish", DL_VERDICTS.values(), ids=list(DL_VERDICTS)
+)
+def test_the_end_of_a_response_is_judged_by_its_event_and_its_status(
+    kind, status, facts, finish
+):
+    response = {"output": [], **facts, **({"status": status} if status else {})}
+    end = dl_response(f"response.{kind}", 2, response=response)
+    heard = dl_hear(DL_HI + end, "openai-responses")
+    if finish is None:
+        assert isinstance(heard.error, rs.APIError)
+        assert heard.result.finish_reason is None
+    else:
+        assert heard.error is None
+        raw = (heard.result.finish_reason, heard.result.raw_finish_reason)
+        assert raw == (finish, status or kind)
+    assert heard.result.text == "Hi"
+
+
+def dl_numbered(*events):
+    """Text deltas with these numbers (a number and its text), or other events."""
+    made = [
+        e if isinstance(e, bytes) else dl_part("output_text.delta", *e) for e in events
+    ]
+    return b"".join(made)
+
+
+def dl_text_done(number, text, place=(0, 0)):
+    return dl_part("output_text.done", number, text, place, key="text")
+
+
+def dl_ping(number):
+    return dl_data({"type": "keepalive", "sequence_number": number}, "keepalive")
+
+
+# What comes behind "Hi" (numbers 0 and 1); the text, and the type of the error if any.
+DL_HOLES = {
+    "the whole object fills it": (
+        [(3, "c"), dl_text_done(4, "Hiabc"), dl_ended(5, [dl_said("Hiabc")])],
+        "Hiabc",
+        None,
+    ),
+    "nothing fills it": ([(3, "c"), dl_ended(4, [])], "Hi", "IncompleteStreamError"),
+    "nothing follows it": ([(3, "c")], "Hi", "IncompleteStreamError"),
+    "the whole object has other items alone": (
+        [(3, "c"), dl_ended(4, [{"type": "reasoning", "summary": []}])],
+        "Hi",
+        "IncompleteStreamError",
+    ),
+    "it stands before the end": (
+        [(2, "a"), dl_ended(4, [])],
+        "Hia",
+        "IncompleteStreamError",
+    ),
+    "many events at once": (
+        [(n, "x") for n in [*range(2, 40), *range(41, 60)]]
+        + [dl_ended(60, [dl_said("Hi" + "x" * 58)])],
+        "Hi" + "x" * 58,
+        None,
+    ),
+    "a keepalive explains it": ([dl_ping(2), (3, "a"), dl_ended(4, [])], "Hia", None),
+    "two keepalives explain it": (
+        [dl_ping(2), dl_ping(3), (4, "a"), dl_ended(5, [])],
+        "Hia",
+        None,
+    ),
+    "a keepalive behind it does not": (
+        [dl_ping(3), (4, "a"), dl_ended(5, [])],
+        "Hi",
+        "IncompleteStreamError",
+    ),
+    "a keepalive takes no number": (
+        [dl_ping(2), (2, "a"), dl_ended(3, [])],
+        "Hia",
+        None,
+    ),
+    "an event of a new kind has its number": (
+        [dl_response("response.new_thing", 2), (3, "a"), dl_ended(4, [])],
+        "Hia",
+        None,
+    ),
+    "an event comes twice": (
+        [(2, "a"), (2, "a"), (3, "b"), dl_ended(4, [dl_said("Hiab")])],
+        "Hiab",
+        None,
+    ),
+    "an event comes twice, and who knows": (
+        [(2, "a"), (2, "a"), (3, "b"), dl_ended(4, [])],
+        "Hiab",
+        "IncompleteStreamError",
+    ),
+}
+
+
+@pytest.mark.parametrize("events, text, error", DL_HOLES.values(), ids=list(DL_HOLES))
+@pytest.mark.parametrize("size", [1, 60, 1 << 20])
+def test_a_number_that_is_left_out_is_a_hole_and_never_a_whole_answer(
+    events, text, error, size
+):
+    body = DL_HI + dl_numbered(*events)
+    heard = dl_hear(
+        [body[i : i + size] for i in range(0, len(body), size)], "openai-responses"
+    )
+    assert (heard.result.text, heard.said("text")) == (text, text)
+    assert (type(heard.error).__name__ if heard.error else None) == error
+
+
+def test_a_server_that_gives_every_event_the_same_number_has_none():
+    body = dl_created(0) + dl_numbered((0, "a"), (0, "b"), (0, "c")) + dl_ended(0, [])
+    assert dl_hear(body, "openai-responses").result.text == "abc"
+
+
+@dl_offline
+def test_the_number_of_a_keepalive_is_not_where_a_response_is_reattached():
+    first = DL_HI + dl_ping(2)
+    rest = dl_numbered((2, "a"), (3, "b")) + dl_ended(4, [])
+    stream, sent, error = dl_resume("openai-responses", first, rest, background=True)
+    assert (error, stream.text) == (None, "Hiab")
+    assert sent[1].url.endswith("starting_after=1")
+
+
+@dl_offline
+def test_a_hole_is_filled_by_reattaching_where_the_stream_goes_on_for_us():
+    first = DL_HI + dl_numbered((3, "c"), (4, "d"))
+    rest = dl_numbered((2, "b"), (3, "c"), (4, "d")) + dl_ended(5, [])
+    stream, sent, error = dl_resume("openai-responses", first, rest, background=True)
+    assert (error, stream.text) == (None, "Hibcd")
+    assert sent[1].url.endswith("starting_after=1")
+
+
+@dl_offline
+def test_what_is_reattached_is_the_response_that_was_asked_for_last():
+    other = dl_created(0).replace(b"id1", b"id2") + dl_part(
+        "output_text.delta", 1, "lo"
+    )
+    bodies = [dl_created(0) + dl_part("output_text.delta", 1, "Hel"), other, b""]
+    session = DlSession(*bodies)
+    stream = rs.stream_chat(
+        "Hi",
+        "m1",
+        dialect="openai-responses",
+        api_key="k",
+        session=session,
+        resume=lambda body, text: {**body, "input": body["input"] + [text]},
+        retry=rs.Retry(attempts=3, wait_initial=0),
+    )
+    with pytest.raises(rs.StreamingError):
+        list(stream)
+    assert (stream.text, stream.result.id) == ("Hello", "id2")
+
+
+# Events behind the created one (number 0); text, refusal, reasoning; an error or not.
+DL_WHOLES_ONCE_MORE = {
+    "a longer whole part gives the rest": (
+        [(1, "He"), dl_text_done(2, "Hello"), dl_ended(3, [])],
+        ("Hello", "", ""),
+        None,
+    ),
+    "a whole part whose pieces never came": (
+        [(1, "Hello"), dl_text_done(2, "Hello"), dl_text_done(3, " world", (1, 0))]
+        + [dl_ended(4, [])],
+        ("Hello world", "", ""),
+        None,
+    ),
+    "a whole part that comes twice": (
+        [dl_text_done(1, "Hello"), dl_text_done(2, "Hello"), dl_ended(3, [])],
+        ("Hello", "", ""),
+        None,
+    ),
+    "a whole part that differs": (
+        [(1, "Hallo"), dl_text_done(2, "Hello"), dl_ended(3, [])],
+        ("Hallo", "", ""),
+        "MalformedStreamError",
+    ),
+    "a whole part that is shorter": (
+        [(1, "Hello"), dl_text_done(2, "Hell"), dl_ended(3, [])],
+        ("Hello", "", ""),
+        "MalformedStreamError",
+    ),
+    "a whole part that is trimmed": (
+        [(1, "\n Hello \n"), dl_text_done(2, "Hello"), dl_ended(3, [])],
+        ("\n Hello \n", "", ""),
+        None,
+    ),
+    "a part that stands only in the whole object": (
+        [(1, "Hello"), dl_ended(2, [dl_said("Hello"), dl_said(" world")])],
+        ("Hello world", "", ""),
+        None,
+    ),
+    "a refusal that stands only in the whole object": (
+        [
+            (1, "Hello"),
+            dl_ended(
+                2,
+                [
+                    dl_said("Hello"),
+                    {
+                        "type": "message",
+                        "content": [{"type": "refusal", "refusal": "No."}],
+                    },
+                ],
+            ),
+        ],
+        ("Hello", "No.", ""),
+        None,
+    ),
+    "a longer text in the whole object": (
+        [(1, "Hel"), dl_ended(2, [dl_said("Hello")])],
+        ("Hello", "", ""),
+        None,
+    ),
+    "another text in the whole object": (
+        [(1, "Hallo"), dl_ended(2, [dl_said("Hello")])],
+        ("Hallo", "", ""),
+        "MalformedStreamError",
+    ),
+    "items that the whole object numbers otherwise": (
+        [
+            dl_part("output_text.delta", 1, "Hello", (1, 0)),
+            dl_ended(2, [dl_said("Hello")]),
+        ],
+        ("Hello", "", ""),
+        None,
+    ),
+    "two parts that come in turns": (
+        [
+            dl_part("output_text.delta", 1, "A", (0, 0)),
+            dl_part("output_text.delta", 2, "B", (1, 0)),
+            dl_part("output_text.delta", 3, "a", (0, 0)),
+            dl_text_done(4, "Aa", (0, 0)),
+            dl_text_done(5, "B", (1, 0)),
+            dl_ended(6, [dl_said("Aa"), dl_said("B")]),
+        ],
+        ("ABa", "", ""),
+        None,
+    ),
+    "reasoning in other words": (
+        [
+            dl_part("reasoning_text.delta", 1, "Hm"),
+            dl_part("reasoning_text.done", 2, "Hum", key="text"),
+            (3, "Hello"),
+            dl_ended(4, []),
+        ],
+        ("Hello", "", "Hm"),
+        None,
+    ),
+    "half a pair that its whole part makes whole": (
+        [(1, "a\ud83d"), dl_text_done(2, "a\U0001f438"), dl_ended(3, [])],
+        ("a\U0001f438", "", ""),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "events, said, error", DL_WHOLES_ONCE_MORE.values(), ids=list(DL_WHOLES_ONCE_MORE)
+)
+@pytest.mark.parametrize("size", [1, 1 << 20])
+def test_what_is_given_once_more_as_a_whole_is_compared_part_by_part(
+    events, said, error, size
+):
+    body = dl_created(0) + dl_numbered(*events)
+    heard = dl_hear(
+        [body[i : i + size] for i in range(0, len(body), size)], "openai-responses"
+    )
+    result = heard.result
+    assert (result.text, result.refusal, result.reasoning) == said
+    assert tuple(map(heard.said, ("text", "refusal", "reasoning"))) == said
+    assert (type(heard.error).__name__ if heard.error else None) == error
+
+
+def test_arguments_given_once_more_are_compared_and_give_the_rest():
+    call = {"type": "function_call", "call_id": "a", "name": "f", "arguments": ""}
+
+    def answer(*pieces, done, final=()):
+        events = [dl_item("added", 1, 0, call)]
+        kind = "function_call_arguments"
+        events += [dl_part(kind + ".delta", n, p) for n, p in enumerate(pieces, 2)]
+        last = len(events) + 1
+        events.append(dl_part(kind + ".done", last, done, key="arguments"))
+        body = dl_created(0) + b"".join(events) + dl_ended(last + 1, list(final))
+        heard = dl_hear(body, "openai-responses")
+        return [c.arguments for c in heard.result.tool_calls], type(
+            heard.error
+        ).__name__
+
+    assert answer('{"x"', done='{"x":1}') == (['{"x":1}'], "NoneType")
+    assert answer('{"x":1}', done='{"x": 1}') == (['{"x":1}'], "NoneType")
+    assert answer('{"x":1}', done='{"x":2}')[1] == "MalformedStreamError"
+    moved = [{"type": "reasoning"}, {**call, "arguments": '{"x":1}'}]
+    assert answer('{"x":1}', done='{"x":1}', final=moved) == (['{"x":1}'], "NoneType")
+
+
+def dl_called(*call):
+    return dl_chunk({"tool_calls": [dl_call(*call)]})
+
+
+DL_CUT_CALLS = {
+    "length": ("openai", [dl_chunk({}, "length"), DL_DONE]),
+    "content filter": ("openai", [dl_chunk({}, "content_filter"), DL_DONE]),
+    "a bare end marker": ("openai", [DL_DONE]),
+}
+
+
+@pytest.mark.parametrize("dialect, end", DL_CUT_CALLS.values(), ids=list(DL_CUT_CALLS))
+def test_a_last_call_without_arguments_in_an_answer_that_was_cut_is_cut(dialect, end):
+    first, second = dl_called(0, "a", "look", ""), dl_called(1, "b", "leap", "")
+    heard = dl_hear(b"".join([first, second, *end]), dialect)
+    assert heard.result.tool_calls == (rs.ToolCall("a", "look", "{}"),)
+    assert heard.result.stats.cut_tool_calls == 1
+    assert [c["id"] for c in heard.result.message["tool_calls"]] == ["a"]
+    good = dl_hear(first + second + dl_chunk({}, "tool_calls"), dialect).result
+    assert [call.arguments for call in good.tool_calls] == ["{}", "{}"]
+
+
+def test_a_block_of_claude_that_the_token_limit_has_emptied_is_no_call():
+    start = {"type": "tool_use", "id": "t", "name": "look", "input": {}}
+    events = [
+        {"type": "content_block_start", "index": 0, "content_block": start},
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": {"stop_reason": "max_tokens"}},
+        {"type": "message_stop"},
+    ]
+    result = dl_hear(b"".join(map(dl_data, events)), "anthropic").result
+    assert (result.tool_calls, result.stats.cut_tool_calls) == ((), 1)
+    assert result.message["content"] == []
+
+
+@pytest.mark.parametrize("value", [[1, {"x": 2}], {"x": 1}, 5, True])
+def test_arguments_that_come_as_json_are_kept_as_they_are(value):
+    call = {"index": 0, "id": "a", "function": {"name": "f", "arguments": value}}
+    body = dl_chunk({"tool_calls": [call]}) + dl_chunk({}, "tool_calls") + DL_DONE
+    calls = dl_hear(body, "openai").result.tool_calls
+    assert [json.loads(c.arguments) for c in calls] == [value]
+
+
+def test_parallel_calls_that_all_have_index_0_and_no_id_are_told_apart():
+    body = b"".join(
+        [
+            dl_called(0, "", "look", '{"at":"a"}'),
+            dl_called(0, "", "look", '{"at":'),
+            dl_called(0, "", "look", '"b"}'),
+            dl_called(0, "", "leap", ""),
+            dl_called(0, "", "fly", '{"to":"c"}'),
+            dl_called(0, "", "fly", ""),
+            dl_chunk({}, "tool_calls"),
+            DL_DONE,
+        ]
+    )
+    calls = dl_hear(body, "openai").result.tool_calls
+    assert [(call.name, call.arguments) for call in calls] == [
+        ("look", '{"at":"a"}'),
+        ("look", '{"at":"b"}'),
+        ("leap", "{}"),
+        ("fly", '{"to":"c"}'),
+    ]
+
+
+@dl_offline
+@pytest.mark.parametrize(
+    "prompt, count", [(["a", "b"], 4), ([[1, 2], [3]], 4), ([1, 2, 3], 2), ("a", 2)]
+)
+def test_each_of_several_prompts_has_its_n_choices(prompt, count):
+    def answer(choices):
+        texts = [
+            {"index": i, "text": "x", "finish_reason": "stop"} for i in range(choices)
+        ]
+        return b"".join(dl_data({"choices": [text]}) for text in texts)
+
+    for choices in (count - 1, count):
+        stream = rs.stream_chat(
+            "",
+            "m",
+            dialect="openai-completions",
+            api_key="k",
+            session=DlSession(answer(choices)),
+            retry=None,
+            n=2,
+            extra_body={"prompt": prompt},
+        )
+        error = None
+        try:
+            list(stream)
+        except rs.IncompleteStreamError as caught:
+            error = caught
+        assert (error is None) == (choices == count)
+        assert len(stream.result.choices) == choices
+
+
+def test_a_timeout_of_cohere_may_be_tried_again_whatever_type_it_has():
+    end = {"finish_reason": "TIMEOUT", "error": "too slow", "error_type": "odd"}
+    error = dl_hear(dl_data({"type": "message-end", "delta": end}), "cohere").error
+    assert (error.retryable, error.type) == (True, "odd")
+
+
+# A body that ends inside of an event: dialect, what is whole before it, the last event.
+DL_GEMINI_STOP = dl_data(
+    {"candidates": [{"content": {"parts": [{"text": "Hi"}]}, "finishReason": "STOP"}]}
+)
+DL_GEMINI_MORE = DL_GEMINI_STOP.replace(b"Hi", b" you")
+
+
+@pytest.mark.parametrize("line", ["\n", "\r\n"])
+def test_an_event_that_the_end_cuts_off_is_read_if_its_data_is_whole(line):
+    more = DL_GEMINI_MORE.replace(b"\n", line.encode())
+    whole = len(more.rstrip())
+    for cut in range(1, len(more)):
+        heard = dl_hear(DL_GEMINI_STOP + more[:cut], "gemini")
+        if cut >= whole:
+            assert (heard.error, heard.result.text) == (None, "Hi you"), cut
+        else:
+            assert isinstance(heard.error, rs.IncompleteStreamError), cut
+            assert (heard.error.retryable, heard.error.text) == (True, "Hi"), cut
+
+
+@pytest.mark.parametrize(
+    "rest", [b": ping", b": ping\n", b"\n", b"id: 7\n", b"retry: 5\n"]
+)
+def test_what_belongs_to_no_event_may_be_cut_off(rest):
+    heard = dl_hear(DL_GEMINI_STOP + rest, "gemini")
+    assert (heard.error, heard.result.text) == (None, "Hi")
+
+
+def test_an_event_cut_off_behind_a_last_word_ends_well():
+    body = dl_chunk({"content": "Hi"}) + dl_chunk({}, "stop")
+    usage = dl_data({"choices": [], "usage": {"prompt_tokens": 3}})
+    for cut in range(len(usage)):
+        heard = dl_hear(body + usage[:cut], "openai")
+        assert (heard.error, heard.result.text) == (None, "Hi")
+    assert dl_hear(body + usage.rstrip(), "openai").result.usage.input_tokens == 3
+
+
+@pytest.mark.parametrize("wrap", ["{}", "[{}]", "[{}\n]\n"])
+def test_a_bare_error_of_google_is_an_object_or_an_array_of_many_lines(wrap):
+    error = json.dumps({"error": {"code": 503, "message": "busy"}}, indent=2)
+    heard = dl_hear(DL_GEMINI_STOP + wrap.replace("{}", error).encode(), "gemini")
+    assert isinstance(heard.error, rs.APIError)
+    assert (heard.error.status, heard.error.retryable) == (503, True)
+
+
+# Behind the event that is learned stands one that a shape must not take for its like.
+DL_TRAPS = {
+    "a whole part teaches nothing": (
+        "openai-responses",
+        [dl_text_done(n, "Hi") for n in range(8)],
+        "Hi",
+        None,
+    ),
+    "an ID that comes late": (
+        "openai",
+        [dl_data({"id": "", "choices": [{"delta": {"content": "Hi"}}]})] * 3
+        + [dl_data({"id": "late", "choices": [{"delta": {"content": "Hi"}}]})] * 3,
+        "Hi" * 6,
+        "late",
+    ),
+    "the same text of another part": (
+        "openai-responses",
+        [dl_part("output_text.delta", n, "Hi", (0, 0)) for n in range(4)]
+        + [dl_part("output_text.delta", n, "Hi", (1, 0)) for n in range(4, 8)]
+        + [dl_part("output_text.delta", n, "Ho", (0, 0)) for n in range(8, 12)]
+        + [dl_text_done(12, "HiHiHiHiHoHoHoHo"), dl_text_done(13, "HiHiHiHi", (1, 0))],
+        "Hi" * 8 + "Ho" * 4,
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "dialect, events, text, id", DL_TRAPS.values(), ids=list(DL_TRAPS)
+)
+def test_a_shape_is_learned_only_from_what_depends_on_the_event_alone(
+    dialect, events, text, id
+):
+    end = dl_ended(len(events), []) if "responses" in dialect else DL_DONE
+    end = end.replace(b'"id":"id1",', b"")
+    body = b"".join(events)
+    for pieces in ([body, end], [*events, end], [events[0], b"".join(events[1:]), end]):
+        heard = dl_hear(pieces, dialect)
+        assert (heard.error, heard.result.text, heard.result.id) == (None, text, id)
 
 
 # ---------------------------------------------------------------------------
@@ -7026,7 +7596,10 @@ def test_alike_events_are_not_parsed_one_by_one(dialect, monkeypatch):
     intake = rs._Intake(rs.DIALECTS[dialect], answer, rs.Limits())
     intake.feed(lesson.encode())
     monkeypatch.setattr(intake._reader, "read", None)
-    pieces = intake.feed(lesson.replace('"Hi"', '"Ho"').encode() * 50)
+    alike = [lesson.replace('"Hi"', '"Ho"')] * 50
+    number = '"sequence_number": 0'
+    alike = [e.replace(number, f"{number[:-1]}{n}") for n, e in enumerate(alike, 1)]
+    pieces = intake.feed("".join(alike).encode())
     assert len(pieces) == 50
     assert intake.events == 51
 
@@ -10491,6 +11064,8 @@ def test_a_stream_killed_on_a_real_socket_gives_the_whole_text_once(
 def test_any_number_of_drops_gives_the_exact_text_or_an_error(
     row: Any, text: str, pieces: int, cuts: Any, continuation: str
 ) -> None:
+    if not rs.DIALECTS[row[1]].repeats_prefix:
+        continuation = "exact"  # as such servers do
     with streams_wire(text, cuts, pieces=pieces, continuation=continuation):
         stream, printed = streams_resumed(row)(retry=STREAMS_PATIENT), ""
         try:
@@ -10523,7 +11098,12 @@ def test_several_drops_in_one_stream_leave_the_text_exact(row: Any) -> None:
     assert (result.finish_reason, result.stats.retries) == ("stop", 4)
 
 
-@pytest.mark.parametrize("row", STREAMS_CONTINUED, ids=lambda row: row[0])
+STREAMS_REPEATED = [
+    row for row in STREAMS_CONTINUED if rs.DIALECTS[row[1]].repeats_prefix
+]
+
+
+@pytest.mark.parametrize("row", STREAMS_REPEATED, ids=lambda row: row[0])
 def test_a_reply_that_repeats_the_prefix_is_recognised(row: Any) -> None:
     with streams_wire(STREAMS_STORY, pieces=5, continuation="repeat") as wire:
         whole = len(wire.reply(streams_request(streams_resumed(row), wire))[1])
@@ -10533,11 +11113,28 @@ def test_a_reply_that_repeats_the_prefix_is_recognised(row: Any) -> None:
             assert "".join(stream) == stream.text == STREAMS_STORY
 
 
+@pytest.mark.parametrize(
+    "row",
+    [row for row in STREAMS_CONTINUED if row not in STREAMS_REPEATED],
+    ids=lambda row: row[0],
+)
+def test_a_continuation_that_begins_as_the_answer_did_is_new_where_none_is_a_copy(
+    row: Any,
+) -> None:
+    verse = "Row, row, row your boat, gently down the stream! "
+    with streams_wire(verse * 2, pieces=len(verse)) as wire:
+        whole = wire.reply(streams_request(streams_resumed(row), wire))[1]
+        wire.cuts = [("end", cut) for cut in range(1, len(whole), 7)]
+        while wire.cuts:
+            stream = streams_resumed(row)(retry=STREAMS_PATIENT)
+            assert "".join(stream) == stream.text == verse * 2
+
+
 def test_a_short_or_regular_prefix_that_comes_again_is_an_error_not_a_guess() -> None:
     for text in ("Hello world", "ha" * 40):
         cut = ("drop", streams_after(text, 2))
         with streams_wire(text, [cut], continuation="repeat"):
-            printed, error = streams_outcome(streams_ask("vllm"))
+            printed, error = streams_outcome(streams_ask("mistral"))
         assert isinstance(error, rs.IncompleteStreamError)
         assert printed == error.text == text[:8]
 
@@ -10553,6 +11150,12 @@ def test_whitespace_that_had_to_be_stripped_is_not_doubled_however_it_comes() ->
                 assert "".join(make()) == text
 
 
+class StreamsParrot(rs.Anthropic):
+    """A gateway that wants the prefix stripped, and says it again."""
+
+    repeats_prefix = True
+
+
 @pytest.mark.parametrize("space", ["", " ", " \n\n", "\n"])
 def test_the_stripped_prefix_is_recognised_too_if_it_comes_again(space: str) -> None:
     first, second = "A long first paragraph of a text about frogs.", "A second one."
@@ -10562,7 +11165,7 @@ def test_the_stripped_prefix_is_recognised_too_if_it_comes_again(space: str) -> 
         ("raw", [transcript("/messages", "", pieces=repeated)]),
     ]
     with streams_wire("", cuts) as wire:
-        printed = "".join(streams_resumed(STREAMS_EXACT[5])())
+        printed = "".join(streams_ask(StreamsParrot(), "claude-sonnet-4-5"))
     assert printed.startswith(first + " \n\n")
     assert printed.endswith(second)
     assert printed.count("paragraph") == 1
@@ -11155,7 +11758,9 @@ def test_a_drop_before_the_id_is_known_is_a_plain_retry() -> None:
     assert wire.bodies[0]["background"] is True
 
 
-def test_events_that_are_lost_while_reattaching_are_an_error() -> None:
+def test_events_that_are_lost_while_reattaching_are_filled_from_the_whole_or_an_error() -> (
+    None
+):
     with streams_wire("abcdefgh", pieces=1) as wire:
         stream = streams_ask("openai-responses", background=True)
         whole = wire.reply(streams_first(stream))[1]
@@ -11164,6 +11769,13 @@ def test_events_that_are_lost_while_reattaching_are_an_error() -> None:
         rest = b"\n\n".join(events[9:])
         wire.cuts = [("raw", [part]), ("raw", [rest])]
         printed, error = streams_outcome(stream)
+        assert (printed, error) == ("abcdefgh", None)
+        end = next(e for e in events if b"response.completed" in e)
+        rest = rest.replace(end, re.sub(rb'"output": ?\[.*\]', b'"output":[]', end))
+        wire.cuts = [("raw", [part]), ("raw", [rest])]
+        printed, error = streams_outcome(
+            streams_ask("openai-responses", background=True)
+        )
     assert isinstance(error, rs.IncompleteStreamError)
     assert "lost" in str(error)
     assert "abcdefgh".startswith(printed)
