@@ -4237,7 +4237,9 @@ class _Intake:
         answer, last = self._answer, int(numbers[-1])
         first = last + 1 - len(numbers)
         follows = first - 1 == answer.cursor and not answer.skipped
-        if follows and list(map(int, numbers)) == list(range(first, last + 1)):
+        if follows and len(numbers) > 1:
+            follows = list(map(int, numbers)) == list(range(first, last + 1))
+        if follows:
             answer.cursor = last
             return texts
         return [t for t, number in zip(texts, numbers) if answer.follows(int(number))]
