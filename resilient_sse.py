@@ -1396,12 +1396,15 @@ class Answer(_Kept):
         a place: ``cursor`` stays, and only what gives the answer whole can fill it.
         """
         cursor = self.cursor
-        if cursor is None or cursor < number <= cursor + 1 + self.skipped:
+        expected = 0 if cursor is None else cursor + 1
+        if cursor is None and number == self.skipped + 1:
+            expected = 1  # so some count
+        if expected <= number <= expected + self.skipped:
             self._counts = cursor is not None
             self.cursor, self.skipped, self.resumed_at = number, 0, None
             return True
-        if number > cursor:
-            self.hole = self.hole or f"events {cursor + 1} to {number - 1} were lost"
+        if number > expected:
+            self.hole = self.hole or f"events {expected} to {number - 1} were lost"
             self.progress += 1
         elif self.resumed_at is None and not self._counts:
             return True  # a server that gives all events the same number has none
@@ -2605,7 +2608,8 @@ class _ResponsesEvents(Dialect):
         kind, number = chunk.get("type"), _count(chunk.get("sequence_number"))
         number = None if number is None or number < 0 else number
         if kind == "keepalive":  # it is stored nowhere: it must not be the cursor
-            answer.skipped += number == (answer.cursor or 0) + 1 + answer.skipped
+            expected = 0 if answer.cursor is None else answer.cursor + 1
+            answer.skipped += number == expected + answer.skipped
             return
         is_next = number is None or answer.follows(number)
         reader = self._readers.get(kind) if isinstance(kind, str) else None
@@ -3827,8 +3831,10 @@ class _Lesson(NamedTuple):
         chunk = parse_json(data)
         if not isinstance(chunk, dict) or chunk.get("error"):
             return None
+        number = _count(chunk.get(self.dialect.cursor_key))
+        answer.cursor = before = None if number is None else number - 1
         self.dialect.read(chunk, answer, self.event.event)
-        pieces, answer.cursor = list(answer.out), None
+        pieces, answer.cursor = list(answer.out), before
         self.dialect.read(chunk, answer, self.event.event)
         if answer.out != pieces * 2:
             return None
