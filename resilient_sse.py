@@ -5918,6 +5918,7 @@ class _Loop:
         self.items: Iterator[Any] = iter(())
         self.failure: Exception | None = None
         self.closed = False
+        self.was_seen = False  # of the items whole: every kind was handed out
         self._request: _Request | None = None
         self._timeouts = timeouts
         self._open = opener
@@ -5957,12 +5958,7 @@ class _Loop:
         """Make the next batch the present one; False at the end."""
         self._reading_thread = threading.current_thread()
         self.raise_again()
-        try:
-            batch = next(self._source, None)
-        except Exception as error:  # of the caller's too: a key, an observer
-            if self._source.gi_frame is None:  # it is over, and must not look complete
-                self.failure = error
-            raise
+        batch = next(self._source, None)
         if batch is None:
             return False
         position = iter(batch)
@@ -5973,6 +5969,7 @@ class _Loop:
 
     def check_closed(self) -> bool:
         """Whether the stream is closed; raises if another thread did it."""
+        self.raise_again()
         if self.closed and not self._is_closed_by_reader and not self._is_over:
             message = "the stream was closed by another thread"
             self._fail(StreamAbortedError(message))
@@ -5998,6 +5995,35 @@ class _Loop:
             guard.fire("closed")
         if self._closers[0] is thread is self._reading_thread and self._has_begun:
             self.leave()
+
+    def __enter__(self) -> None:
+        """A loop over the stream begins."""
+
+    def __exit__(
+        self, kind: object, error: BaseException | None, trace: object
+    ) -> None:
+        """It ends: whatever ends it passes here."""
+        if error is None or isinstance(error, GeneratorExit):
+            self.leave()
+            return
+        # Of the caller's too: a key, an observer, Ctrl-C.  The stream is over then, and
+        # must not look complete; but a reader that came on top of another one, and is
+        # refused, has ended nothing.
+        if self.failure is None and not self._source.gi_running:
+            self.failure = self._lasting(error)
+        self.leave()
+
+    def _lasting(self, error: BaseException) -> Exception:
+        """What later loops raise."""
+        if isinstance(error, Exception):
+            return error
+        self.ledger.end()
+        cut = StreamAbortedError(
+            f"the loop was cut by {type(error).__name__}",
+            history=tuple(self.ledger.history),
+        )
+        self._complete_error(cut)
+        return cut
 
     def leave(self) -> None:
         """The reader leaves: let go of the connection."""
@@ -6124,7 +6150,7 @@ class _Loop:
 def _handed_out(loop: _Loop) -> Iterator[Any]:
     # A generator that holds the loop, not the public stream: so a for statement over
     # an unnamed stream drops it, and closes the connection, when it is left.
-    try:
+    with loop:
         while not (loop.closed and loop.check_closed()):
             items = loop.items
             for item in items:
@@ -6134,8 +6160,7 @@ def _handed_out(loop: _Loop) -> Iterator[Any]:
             # Texts and deltas may be read in turns: the other one may have gone on.
             if loop.items is items and not loop.pull():
                 return
-    finally:
-        loop.leave()
+            loop.was_seen = True
 
 
 class _Chat(_Loop):
@@ -6509,7 +6534,7 @@ def _resume_advice(chat: _Chat) -> str:
 
 def _texts(chat: _Chat) -> Iterator[str]:
     # As _handed_out, for the one kind of piece that has to be fast.
-    try:
+    with chat:
         while not (chat.closed and chat.check_closed()):
             items = chat.items
             for piece in items:
@@ -6520,8 +6545,6 @@ def _texts(chat: _Chat) -> Iterator[str]:
                     return
             if chat.items is items and not chat.pull():
                 return
-    finally:
-        chat.leave()
 
 
 def _as_delta(piece: Piece) -> Delta:
@@ -6580,7 +6603,7 @@ class ChatStream:
         :raises StreamingError: as the loop does.
         """
         chat = self._chat
-        chat.recovery.seen_by_nobody = not chat.text
+        chat.recovery.seen_by_nobody = not (chat.characters or chat.was_seen)
         for _ in self:
             pass
         facts = {"text": chat.text, "history": tuple(chat.ledger.history)}

@@ -11889,6 +11889,35 @@ def test_complete_chat_starts_over_only_where_nothing_better_is_exact(
     assert wire.actions == actions
 
 
+STREAMS_SEEN = {
+    "reasoning": [core_sse(core_delta(None, reasoning_content="hm"))],
+    "another choice": [core_sse(core_delta("a", index=1))],
+    "a call that is announced": [
+        core_sse(
+            core_delta(
+                None, tool_calls=[{"index": 0, "id": "1", "function": {"name": "f"}}]
+            )
+        )
+    ],
+}
+
+
+@pytest.mark.parametrize("seen", STREAMS_SEEN.values(), ids=STREAMS_SEEN)
+def test_complete_starts_over_only_if_nothing_of_any_kind_was_handed_out(
+    seen: list[bytes],
+) -> None:
+    with streams_wire("abcdefgh", [("raw", seen)] * 2) as wire:
+        stream = streams_ask()
+        next(stream.deltas())
+        with pytest.raises(rs.StreamingError):
+            stream.complete()
+        assert wire.actions == ["start"]
+        stream = streams_ask()
+        stream.deltas()  # of which nobody takes any
+        assert stream.complete().text == "abcdefgh"
+        assert wire.actions == ["start", "start", "restart"]
+
+
 def test_complete_chat_starts_over_for_n_choices_and_tool_calls() -> None:
     with streams_wire("abcdefgh", [("drop", 700)]):
         result = streams_ask(n=2).complete()
@@ -12249,6 +12278,68 @@ def test_a_failed_stream_does_not_look_like_one_that_has_ended() -> None:
             with pytest.raises(rs.APIError) as caught:
                 again()
             assert caught.value is first
+
+
+STREAMS_ENDS = {
+    "an observer fails": (ZeroDivisionError, ZeroDivisionError),
+    "Ctrl-C": (KeyboardInterrupt, rs.StreamAbortedError),
+    "the script ends": (SystemExit, rs.StreamAbortedError),
+}
+
+
+@pytest.mark.parametrize("hook", ["on_token", "on_chunk", "on_event", "on_response"])
+@pytest.mark.parametrize("raised, later", STREAMS_ENDS.values(), ids=STREAMS_ENDS)
+def test_what_an_exception_has_ended_does_not_look_like_a_whole_answer(
+    raised: Any, later: Any, hook: str
+) -> None:
+    count = itertools.count(1)
+
+    def fail(record: rs.StreamRecord) -> None:
+        if next(count) == (3 if hook in ("on_token", "on_event") else 1):
+            raise raised
+
+    observer = rs.Observer(**{hook: fail})
+    with streams_wire("abcdefgh", pieces=2):
+        stream = streams_ask(observe=observer)
+        texts, deltas = iter(stream), stream.deltas()
+        with pytest.raises(raised):
+            list(texts)
+        text = stream.text
+        assert text == ("abcd" if hook == "on_token" else "")
+        ways: list[Callable[[], Any]] = [
+            lambda: list(stream),
+            lambda: next(stream),
+            lambda: list(stream.deltas()),
+            lambda: next(deltas),
+            stream.complete,
+        ]
+        for again in ways:
+            with pytest.raises(later) as caught:
+                again()
+        if later is rs.StreamAbortedError:
+            assert caught.value.text == text
+            assert caught.value.result == stream.result
+            assert raised.__name__ in str(caught.value)
+        assert stream.text == text
+
+
+def test_a_feed_that_an_exception_has_ended_does_not_look_ended() -> None:
+    observer = rs.Observer(on_event=lambda record: 1 // 0)
+    with streams_wire("abcdef", pieces=2):
+        stream = streams_feed(observe=observer)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                list(stream)
+
+
+def test_an_exception_of_the_callers_own_ends_nothing() -> None:
+    with streams_wire("abcdef", pieces=2):
+        stream = streams_ask()
+        with pytest.raises(LookupError):
+            for _ in stream:
+                raise LookupError
+        assert "".join(stream) == "cdef"
+        assert stream.text == "abcdef"
 
 
 # -- result and errors
