@@ -542,14 +542,17 @@ class Timeouts(_Options):
     """How long each part of a call may take, in seconds; None for no limit.
 
     :param connect: for TCP and TLS.  10 s: a healthy network needs less than one.
-    :param first_token: from sending a request to its first delta.  300 s: long
-        prompts and queues take minutes, and pings must not make them endless.
+    :param first_token: from sending a request to its first delta.  600 s: providers
+        let reasoning models think for more than five minutes, and pings must not make
+        that endless.  Each request that is given up is billed whole, so that a chat
+        makes only one more when this limit passes.
     :param read: silence on the socket once deltas have begun; any byte resets it.
         120 s: providers ping far more often.
     :param idle: time without progress.  A delta of any kind, a finish, new usage and
         the provider's typed events (search, code, item) are progress; comments,
         pings and empty deltas are not.  It counts before the first delta only where
-        ``first_token`` is None.  300 s, as ``first_token``.
+        ``first_token`` is None.  300 s: providers report even long silent work, such
+        as searches, more often.
     :param total: wall time of the whole call over all requests, waits and reads;
         every other bound is clamped to what is left of it.  None: only the caller
         knows how long an answer is worth waiting for.
@@ -571,7 +574,7 @@ class Timeouts(_Options):
     def __init__(
         self,
         connect: float | None = 10.0,
-        first_token: float | None = 300.0,
+        first_token: float | None = 600.0,
         read: float | None = 120.0,
         idle: float | None = 300.0,
         total: float | None = None,
@@ -4318,6 +4321,7 @@ class Situation(NamedTuple):
     :param reattachable: the provider keeps this generation for us.
     :param reattaching: it was asked to go on with it, and answered by an HTTP status.
     :param exact: the dialect surely continues a prefix.
+    :param slow_starts: how often ``first_token`` has passed, this time included.
     """
 
     handed: bool = False
@@ -4335,6 +4339,15 @@ class Situation(NamedTuple):
     reattachable: bool = False
     reattaching: bool = False
     exact: bool = False
+    slow_starts: int = 0
+
+
+_SLOW_STARTS = 1  # that are made up for: each is billed whole, and none may ever start
+
+
+def is_slow_start(cause: StreamingError) -> bool:
+    """Whether a request was given up before its first delta."""
+    return isinstance(cause, StreamTimeoutError) and cause.kind == "first_token"
 
 
 def choose_action(mode: ResumeMode, cause: StreamingError, now: Situation) -> str:
@@ -4352,6 +4365,8 @@ def choose_action(mode: ResumeMode, cause: StreamingError, now: Situation) -> st
     dropped = now.reattaching or not isinstance(cause, APIError)
     if dropped and now.reattachable and mode in ("auto", "reattach"):
         return "reattach"
+    if now.slow_starts > _SLOW_STARTS and is_slow_start(cause):
+        return "raise"
     if not now.handed:
         return "retry"
     if not now.kept:
@@ -5790,6 +5805,7 @@ class _Recovery:
         self.sees_deltas = False
         self.spent = 0  # requests that count against Retry.attempts
         self.failures = 0  # in a row, without progress
+        self.slow_starts = 0
         self.is_stuck = False  # no action would be right, however many are allowed
         self.lacks_time = False  # to wait for another request
         # What cut the answer: raised if its resumption is refused.
@@ -5804,6 +5820,7 @@ class _Recovery:
         self, error: StreamingError, action: str, answer: Answer
     ) -> tuple[str, StreamingError]:
         """Return the next action, and the error to raise if it is ``raise``."""
+        self.slow_starts += is_slow_start(error)
         now = self.situation(answer)
         if action == "reattach" and error.phase == "request":
             now = now._replace(reattaching=True)
@@ -5864,6 +5881,7 @@ class _Recovery:
             reattachable=body.get("background") is True
             and prompt.dialect.reattach_url(prompt.url, answer) is not None,
             exact=prompt.can_continue(text),
+            slow_starts=self.slow_starts,
         )
 
     def wait_for(self, error: StreamingError, left: float) -> float:
@@ -6507,6 +6525,8 @@ def _advice(chat: _Chat, error: StreamingError) -> str:
             "; no key was sent: a key from the environment goes only to the "
             "provider's own address, pass api_key=..."
         )
+    if is_slow_start(error) and chat.recovery.slow_starts > _SLOW_STARTS:
+        return "; it is not asked once more, since each request is billed whole"
     finished = chat.prompt.has_finished(chat.answer)
     if error.retryable and chat.text and chat.recovery.is_stuck and not finished:
         return _resume_advice(chat)

@@ -243,7 +243,7 @@ def test_a_chain_of_causes_does_not_stand_in_the_way_of_pickling():
 CORE_OPTIONS = {
     rs.Timeouts: {
         "connect": 10.0,
-        "first_token": 300.0,
+        "first_token": 600.0,
         "read": 120.0,
         "idle": 300.0,
         "total": None,
@@ -7650,6 +7650,7 @@ def test_a_dialect_with_another_address_is_as_fast_as_its_parent(monkeypatch):
 CORE_DROP = rs.StreamConnectionError("dropped", retryable=True)
 CORE_BUSY = rs.APIError("busy", retryable=True)
 CORE_NO = rs.APIError("no", retryable=False)
+CORE_SLOW = rs.StreamTimeoutError("slow", kind="first_token", retryable=True)
 CORE_SAID = {"handed": True, "has_text": True}
 
 # What happened so far, the cause; then the action for each mode, in CORE_MODES' order.
@@ -7660,6 +7661,24 @@ CORE_ACTIONS = {
     "nothing was handed out": ({}, CORE_DROP, ["retry"] * 6),
     "nothing was handed out, busy": ({"exact": True}, CORE_BUSY, ["retry"] * 6),
     "nothing handed out, n is 2": ({"one_choice": False}, CORE_DROP, ["retry"] * 6),
+    "no first token came": ({"slow_starts": 1}, CORE_SLOW, ["retry"] * 6),
+    "no first token came again": ({"slow_starts": 2}, CORE_SLOW, ["raise"] * 6),
+    "dropped, behind two slow starts": ({"slow_starts": 2}, CORE_DROP, ["retry"] * 6),
+    "no first token came to go on with": (
+        {**CORE_SAID, "exact": True, "slow_starts": 1},
+        CORE_SLOW,
+        ["continue", "raise", "continue", "ask", "replay", "raise"],
+    ),
+    "no first token came again to go on with": (
+        {**CORE_SAID, "exact": True, "repeatable": True, "slow_starts": 2},
+        CORE_SLOW,
+        ["raise"] * 6,
+    ),
+    "no first token came again, and the generation goes on": (
+        {"reattachable": True, "slow_starts": 2},
+        CORE_SLOW,
+        ["reattach", "reattach", "raise", "raise", "raise", "raise"],
+    ),
     "the text is whole": (
         {**CORE_SAID, "finished": True, "exact": True},
         CORE_DROP,
@@ -9359,6 +9378,36 @@ def test_an_error_status_with_a_body_that_never_ends_is_known_soon(monkeypatch):
         with pytest.raises(rs.APIError, match="no such model") as caught:
             list(net_chat(server, timeouts=net_limits(read=0.1)))
         assert caught.value.status == 400
+
+
+def test_a_request_that_brings_no_first_token_is_made_again_once():
+    retry = rs.Retry(wait_initial=0)
+    with FlakyServer(script=["stall:0", "drop:9", "stall:0", "ok"]) as server:
+        limits = net_limits(first_token=0.1)
+        with pytest.raises(rs.StreamTimeoutError, match="billed whole") as caught:
+            list(net_chat(server, timeouts=limits, retry=retry))
+        assert len(server.requests) == 3
+    assert caught.value.kind == "first_token"
+    with FlakyServer("Hello", ["stall:0"]) as server:
+        stream = net_chat(server, timeouts=limits, retry=retry)
+        assert "".join(stream) == "Hello"
+
+
+NET_IDLE = {
+    "nothing before the headers": ("headers-stall", "nothing came at all"),
+    "nothing before the first": ("stall:0", "nothing came at all"),
+    "nothing behind some": ("stall-event:5", "nothing came at all"),
+    "keep-alives before the first": ("ping-forever:0", "only keep-alives"),
+    "keep-alives behind some": ("ping-forever:5", "only keep-alives"),
+}
+
+
+@pytest.mark.parametrize("fault, said", NET_IDLE.values(), ids=NET_IDLE)
+def test_an_idle_timeout_says_whether_anything_came(fault, said):
+    with FlakyServer(script=[fault]) as server:
+        error = timed_out(server, idle=0.15)
+    assert error.kind == "idle"
+    assert said in str(error)
 
 
 def test_a_quiet_feed_is_healthy_but_a_silent_one_is_not():
@@ -13024,6 +13073,50 @@ def test_a_reconnection_time_that_does_not_fit_is_raised_at_once(
             next(stream)
     assert "60 s" in str(caught.value) or "inf s" in str(caught.value)
     assert streams_waits == []
+
+
+STREAMS_IDS = {
+    "a tab": ("\tabc", "abc"),
+    "blanks": (" \t abc \t", "abc"),
+    "nothing but blanks": (" \t", None),
+    "tabs within": ("a\tb", "a\tb"),
+    "controls within": ("a\x01\x7f\x0bb", "a\x01\x7f\x0bb"),
+    "a control first": ("\x01a", "\x01a"),
+    "letters": ("é🐸", "é🐸"),
+    "a next line first": ("\x85a", "\x85a"),
+    "a wide blank first": ("\u3000a", "\u3000a"),
+}
+
+
+@pytest.mark.parametrize("event_id, sent", STREAMS_IDS.values(), ids=STREAMS_IDS)
+@pytest.mark.parametrize("how", ["of the feed", "of the caller"])
+def test_any_event_id_is_sent_as_utf_8(event_id: str, sent: Any, how: str) -> None:
+    feed = NET_HEAD + b"Connection: close\r\n\r\nid: " + event_id.encode()
+    feed += b"\ndata: a\n\n"
+    if how == "of the caller":
+        feed = NET_HEAD + b"Connection: close\r\n\r\ndata: a\n\n"
+    given = event_id if how == "of the caller" else ""
+    with FlakyServer(script=[net_sends(feed), "status:204"]) as server:
+        stream = streams_feed(server.url + "/events", last_event_id=given)
+        assert [event.data for event in stream] == ["a"]
+        got = server.requests[-1].headers.get("last-event-id")
+        assert got == (None if sent is None else sent.encode().decode("latin-1"))
+
+
+@pytest.mark.parametrize("event_id", ["\x0babc", "\x0cabc", "\x1cabc", "\t\x1fabc"])
+def test_an_event_id_that_cannot_be_sent_ends_the_feed_with_its_drop(
+    event_id: str,
+) -> None:
+    feed = f"id: {event_id}\ndata: a\n\n".encode()
+    with streams_wire("", [("raw", [feed])]) as wire:
+        stream = streams_feed()
+        assert next(stream).data == "a"
+        with pytest.raises(rs.IncompleteStreamError, match="control character"):
+            next(stream)
+        assert len(wire.requests) == 1
+        assert stream.last_event_id == event_id
+        with pytest.raises(ValueError, match="control character"):
+            streams_feed(last_event_id=event_id)
 
 
 def test_status_204_ends_the_feed() -> None:
