@@ -7170,8 +7170,7 @@ class _Feed(_Loop):
             self._close_exchange(exchange)
 
     def _with_last_event_id(self) -> _Request:
-        """Its bytes are UTF-8, as the standard says."""
-        value = self.last_event_id.strip(" ").encode("utf-8").decode("latin-1")
+        value = _sent_event_id(self.last_event_id)
         if not value:
             return self._request
         headers = {**self._request.headers, "Last-Event-ID": value}
@@ -7229,6 +7228,11 @@ class _Feed(_Loop):
         retry = self._retry
         self._failures += 1
         if retry is None or not error.retryable or self._barren >= retry.attempts:
+            self._fail(error)
+        try:
+            _sent_event_id(self.last_event_id)
+        except ValueError as problem:
+            error.args = (f"{error}; it cannot go on from there: {problem}",)
             self._fail(error)
         wait = self._wait_for(error, retry)
         if wait >= self._deadlines.left(_now()):
@@ -7310,6 +7314,19 @@ def _check_event_id(value: Any) -> None:
         raise TypeError(f"last_event_id={value!r}: needs a string")
     if any(character in value for character in "\0\r\n"):
         raise ValueError(f"last_event_id={value!r}: has a line break or NUL in it")
+    _sent_event_id(value)
+
+
+def _sent_event_id(event_id: str) -> str:
+    """The ID as it is sent: in UTF-8, and without the blanks around it, which are no
+    part of a header's value.
+
+    :raises ValueError: it cannot be sent.
+    """
+    value = event_id.strip(" \t").encode("utf-8").decode("latin-1")
+    if value[:1].isspace():  # requests takes it for an attempt to smuggle a header
+        raise ValueError(f"the event ID {event_id!r} begins with a control character")
+    return value
 
 
 def stream_events(
