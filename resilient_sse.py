@@ -5181,6 +5181,7 @@ _TIMEOUT_ADVICE = {
 }
 
 
+_CLOSED = "the stream was closed by another thread"
 _DROPS = {
     "connect": "could not connect to {} ({}): is the network up, and the base URL right?",
     "request": "the connection to {} dropped before the response began ({})",
@@ -5212,8 +5213,7 @@ class _Failures:
         """The error that the guard's verdict stands for."""
         if verdict != "closed":
             return self._timeout(verdict)
-        message = "the stream was closed by another thread"
-        return StreamAbortedError(message, phase=self._phase())
+        return StreamAbortedError(_CLOSED, phase=self._phase())
 
     def _phase(self, error: BaseException | None = None) -> str:
         """Where it stands before the response; behind that, the loop knows more."""
@@ -5989,8 +5989,7 @@ class _Loop:
         """Whether the stream is closed; raises if another thread did it."""
         self.raise_again()
         if self.closed and not self._is_closed_by_reader and not self._is_over:
-            message = "the stream was closed by another thread"
-            self._fail(StreamAbortedError(message))
+            self._fail(StreamAbortedError(_CLOSED))
         return self.closed
 
     def raise_again(self) -> None:
@@ -6705,6 +6704,7 @@ class ChatStream:
         observers = _known_observers(observe)
 
         def opener(request: _Request, deadlines: _Deadlines, guard: _Guard) -> Any:
+            recording.guard = guard
             return recording
 
         return cls(_Chat(prompt, recovery, opener, never, limits, observers))
@@ -6728,6 +6728,7 @@ class _Recording:
 
     def __init__(self, pieces: Iterable[bytes]) -> None:
         self._pieces = _small_pieces(pieces)
+        self.guard = _Guard()
         self.secrets: tuple[str, ...] = ()
         self.headers: Mapping[str, str] = {}
         self.bytes = 0
@@ -6738,7 +6739,12 @@ class _Recording:
     check_status = drain = close = open
 
     def read(self, now: float) -> bytes:
-        """The next piece that is not empty."""
+        """The next piece that is not empty.
+
+        :raises StreamAbortedError: the stream was closed meanwhile.
+        """
+        if self.guard.verdict:
+            raise StreamAbortedError(_CLOSED)
         piece = next(self._pieces, b"")
         self.bytes += len(piece)
         return piece

@@ -12817,6 +12817,24 @@ def test_a_replay_tells_observers_and_keeps_limits_and_checks_its_arguments() ->
         rs.ChatStream.replay(raw, observe=print)  # type: ignore[arg-type]
 
 
+def test_close_from_another_thread_ends_a_replay_that_brings_no_text() -> None:
+    begun, rest = threading.Event(), itertools.count()
+
+    def pings() -> Iterator[bytes]:
+        while next(rest) < 10**5:  # an end, for a test that fails
+            begun.set()
+            time.sleep(0.0001)
+            yield b": ping\n\n"
+
+    stream = rs.ChatStream.replay(pings())
+    thread, outcome = net_reader(stream)
+    assert begun.wait(NET_SOON)
+    stream.close()
+    thread.join(NET_SOON)
+    assert not thread.is_alive()
+    assert type(outcome[0]) is rs.StreamAbortedError
+
+
 # -- observers
 
 
