@@ -53,6 +53,7 @@ import codecs
 import contextlib
 import copy
 import email.utils
+import errno
 import heapq
 import http.client
 import http.cookiejar
@@ -82,15 +83,18 @@ from typing import (
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import requests
+import urllib3.util.connection
 from requests.adapters import HTTPAdapter
 from requests.structures import CaseInsensitiveDict
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import (
+    ConnectTimeoutError,
     HTTPError,
     InvalidHeader,
     NewConnectionError,
     ProxyError,
 )
+from urllib3.util import wait_for_write
 
 __version__ = "0.1.0"
 
@@ -561,8 +565,9 @@ class Timeouts(_Options):
     finish reason the rest is waited for at most ``min(read, 5)`` seconds.
 
     A look-up of a host name cannot be ended, by these or by ``close()``.  On a session
-    of the caller's own, neither can a wait for the headers: there ``connect`` is that
-    of requests, for each address, and each piece of the headers has its own time.
+    of the caller's own, neither can anything before the headers: there ``connect`` is
+    that of requests, for each address and for each piece of the prompt that the server
+    is slow to take, and each piece of the headers has the time of ``first_token``.
     """
 
     connect: float | None
@@ -4504,8 +4509,11 @@ class _Guard:
         self.verdict = ""  # why it was fired
         self.scheduled = _NEVER  # when the watchdog will look at it again
         self.is_over = False
-        self.is_ready = False  # connected, TLS included
-        self.on_ready: Callable[[], None] = lambda: None
+        #: ``connect`` or ``request`` as its connection says; "" if none says anything.
+        self.phase = ""
+        #: Its connection has served before, and brought nothing yet: maybe it is closed.
+        self.is_kept = False
+        self.on_phase: Callable[[str], None] | None = None
         # Reentrant: a finalizer may release a guard while its thread fires it.
         self._lock = threading.RLock()
         self._socket: socket.socket | None = None
@@ -4525,6 +4533,12 @@ class _Guard:
     def is_attached(self) -> bool:
         """Whether there is a socket to shut down."""
         return self._socket is not None
+
+    def enter(self, phase: str) -> None:
+        """The request's connection has come so far."""
+        self.phase = phase
+        if self.on_phase is not None:
+            self.on_phase(phase)
 
     def set(self, due: float, kind: str) -> None:
         """End the request at that time, unless it is set again."""
@@ -4549,7 +4563,7 @@ class _Guard:
         with self._lock:
             self.is_over = True
             self.due = _NEVER
-            self.on_ready = lambda: None  # the watchdog may hold the guard for long
+            self.on_phase = None  # the watchdog may hold the guard for long
             if self._socket is not None:
                 self._socket.close()
                 self._socket = None
@@ -4653,41 +4667,199 @@ def _watchdog() -> _Watchdog:
 
 _READ = 65536
 _USER_AGENT = "resilient-sse/" + __version__
-_sending = threading.local()  # .guard: of the request that this thread is sending
+_GLANCE = 0.5  # seconds between looks at a verdict, where nothing can wake a wait
+_KEPT_IDLE = 5.0  # seconds; a network may forget a connection without a word
+_ROUND_TRIP = 1.0  # seconds in which a closed connection is sure to say so
+_TIMED_OUT = socket.timeout  # an alias of TimeoutError since Python 3.10
+_CONNECTING = (errno.EINPROGRESS, errno.EWOULDBLOCK)
+
+
+class _Sending(threading.local):
+    guard: _Guard | None = None  # of the request that this thread is sending
+
+
+_sending = _Sending()
+
+
+def _keep_alive_options() -> list[tuple[int, int, int]]:
+    """No delay, and keep-alive after 60 s, every 60 s, 5 times.
+
+    Balancers and NATs forget what is silent for some minutes, and a model may think
+    for longer.
+    """
+    options = [
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    ]
+    idle = "TCP_KEEPALIVE" if sys.platform == "darwin" else "TCP_KEEPIDLE"
+    for name, value in ((idle, 60), ("TCP_KEEPINTVL", 60), ("TCP_KEEPCNT", 5)):
+        if hasattr(socket, name):
+            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
+    return options
+
+
+class _WatchedResponse(http.client.HTTPResponse):
+    """A response that tells the guard whether anything of it came."""
+
+    def begin(self) -> None:
+        asked, guard, came = _now(), _sending.guard, b""
+        try:
+            came = self.fp.peek(1)
+        finally:
+            if guard is not None and (came or _now() - asked > _ROUND_TRIP):
+                guard.is_kept = False
+        super().begin()
 
 
 class _WatchedConnection:
-    """A connection that shows its socket to the guard before anything is sent."""
+    """A connection whose socket the guard knows from before it is connected."""
 
     sock: Any
+    host: Any
+    port: Any
+    timeout: Any
+    source_address: Any
+    socket_options: Any
+    response_class = _WatchedResponse
+    #: When it was put back into its pool.
+    kept_since = _NEVER
     #: Whether a connected socket needs a handshake before a request can be sent.
     shakes_hands = False
 
     def _new_conn(self) -> Any:
-        sock = super()._new_conn()  # type: ignore[misc]
-        _attach_guard(sock)
+        self.kept_since = _NEVER
+        guard = _sending.guard
+        if guard is not None:
+            guard.is_kept = False
+            guard.enter("connect")
+        try:
+            sock = self._connect_any()
+        except OSError as error:
+            cause = getattr(error, "socket_err", None) or error  # that of PySocks
+            is_late = isinstance(cause, socket.timeout) and _no_errno(cause)
+            kind: Any = ConnectTimeoutError if is_late else NewConnectionError
+            message = f"Failed to establish a new connection: {cause}"
+            raise kind(self, message) from cause
         if not self.shakes_hands:
-            _announce_ready()
+            _announce_ready(sock)
         return sock
 
     def putrequest(self, *args: Any, **kwargs: Any) -> Any:
-        if self.sock is not None:
-            _attach_guard(self.sock)
-            _announce_ready()
+        guard = _sending.guard
+        if self.sock is not None and guard is not None:
+            guard.attach(self.sock.fileno())
+            guard.is_kept = self.kept_since < _NEVER
+            _announce_ready(self.sock)
         return super().putrequest(*args, **kwargs)  # type: ignore[misc]
 
+    def _connect_any(self) -> Any:
+        """Try all addresses; they share the time, so that a dead one leaves some."""
+        is_bounded = isinstance(self.timeout, (int, float))
+        end = _now() + self.timeout if is_bounded else _NEVER
+        addresses = self._addresses()
+        for left in range(len(addresses), 0, -1):
+            try:
+                return self._connect(addresses[-left], (end - _now()) / left)
+            except OSError:
+                if left == 1 or (_sending.guard and _sending.guard.verdict):
+                    raise
+        raise OSError(f"no address is known for {self.host}")
 
-def _attach_guard(sock: Any) -> None:
-    guard: _Guard | None = getattr(_sending, "guard", None)
+    def _addresses(self) -> list[Any]:
+        return _addresses_of(getattr(self, "_dns_host", self.host), self.port)
+
+    def _connect(self, place: tuple[Any, ...], seconds: float) -> Any:
+        """Connect to one address."""
+        family, kind, protocol, _, address = place
+        sock = self._new_socket(family, kind, protocol)
+        try:
+            for option in self.socket_options or ():
+                sock.setsockopt(*option)
+            for option in _keep_alive_options():
+                with contextlib.suppress(OSError):  # some systems lack some of them
+                    sock.setsockopt(*option)
+            if self.source_address:
+                sock.bind(self.source_address)
+            self._open_socket(sock, address, max(seconds, 0.001))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _new_socket(self, family: int, kind: int, protocol: int) -> Any:
+        return socket.socket(family, kind, protocol)
+
+    def _open_socket(self, sock: Any, address: Any, seconds: float) -> None:
+        """Wait for the connection, so that close() and the watchdog can end that."""
+        end, guard = _now() + seconds, _sending.guard
+        sock.setblocking(False)
+        code = sock.connect_ex(address)
+        if guard is not None:
+            guard.attach(sock.fileno())  # only now: before, a shutdown has no effect
+        if code in _CONNECTING:
+            while not wait_for_write(sock, min(_GLANCE, max(end - _now(), 0))):
+                if _now() >= end or (guard is not None and guard.verdict):
+                    raise _TIMED_OUT("timed out")
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code))
+        sock.settimeout(self.timeout if seconds < _NEVER else None)
+
+
+def _addresses_of(host: str, port: int) -> list[Any]:
+    family = urllib3.util.connection.allowed_gai_family()  # callers replace that
+    return socket.getaddrinfo(host.strip("[]"), port, family, socket.SOCK_STREAM)
+
+
+def _announce_ready(sock: Any) -> None:
+    """The request can be sent: what is left for the headers is left for that too."""
+    guard = _sending.guard
     if guard is not None:
-        guard.attach(sock.fileno())
+        guard.enter("request")
+        sock.settimeout(_finite(guard.due - _now()))
 
 
-def _announce_ready() -> None:
-    guard: _Guard | None = getattr(_sending, "guard", None)
-    if guard is not None:
-        guard.is_ready = True
-        guard.on_ready()
+class _WatchedSocks(_WatchedConnection):
+    """The same by way of a SOCKS proxy."""
+
+    _socks_options: Any
+
+    def _addresses(self) -> list[Any]:
+        options = self._socks_options
+        return _addresses_of(options["proxy_host"], options["proxy_port"] or 1080)
+
+    def _new_socket(self, family: int, kind: int, protocol: int) -> Any:
+        return sys.modules["socks"].socksocket(family, kind, protocol)
+
+    def _open_socket(self, sock: Any, address: Any, seconds: float) -> None:
+        options, guard = self._socks_options, _sending.guard
+        names = ("rdns", "username", "password")
+        how = [options[name] for name in names]
+        sock.set_proxy(options["socks_version"], *address[:2], *how)
+        sock.settimeout(_finite(seconds))
+        if guard is not None:
+            guard.attach(sock.fileno())  # PySocks connects and negotiates in one call
+        sock.connect((self.host, self.port))
+
+
+class _WatchedPool:
+    """A pool that trusts a kept connection only for some seconds."""
+
+    def _get_conn(self, timeout: float | None = None) -> Any:
+        connection = super()._get_conn(timeout)  # type: ignore[misc]
+        if not isinstance(connection, _WatchedConnection):
+            return connection
+        # Where one was found closed, the others may be as old.
+        is_doubted = _sending.guard is not None and _sending.guard.is_kept
+        if is_doubted or _now() - connection.kept_since > _KEPT_IDLE:
+            connection.close()  # type: ignore[attr-defined]
+            return self._new_conn()  # type: ignore[attr-defined]
+        return connection
+
+    def _put_conn(self, connection: Any) -> None:
+        if isinstance(connection, _WatchedConnection):
+            connection.kept_since = _now()
+        super()._put_conn(connection)  # type: ignore[misc]
 
 
 _PlainConnection = HTTPConnectionPool.ConnectionCls
@@ -4702,14 +4874,14 @@ class _WatchedTLS(_WatchedConnection, _TLSConnection):  # type: ignore[misc,vali
     shakes_hands = True
 
 
-class _PlainPool(HTTPConnectionPool):
+class _PlainPool(_WatchedPool, HTTPConnectionPool):
     @property
     def ConnectionCls(self) -> Any:  # type: ignore[override]
         known = HTTPConnectionPool.ConnectionCls  # a recorder may have replaced it
         return _WatchedPlain if known is _PlainConnection else known
 
 
-class _TLSPool(HTTPSConnectionPool):
+class _TLSPool(_WatchedPool, HTTPSConnectionPool):
     @property
     def ConnectionCls(self) -> Any:  # type: ignore[override]
         known = HTTPSConnectionPool.ConnectionCls
@@ -4721,16 +4893,31 @@ class _WatchedAdapter(HTTPAdapter):
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> Any:
         super().init_poolmanager(*args, **kwargs)
-        self._watch(self.poolmanager)
+        self.poolmanager.pool_classes_by_scheme = _POOLS
 
     def proxy_manager_for(self, proxy: Any, **kwargs: Any) -> Any:
-        manager = super().proxy_manager_for(proxy, **kwargs)
-        if not str(proxy).lower().startswith("socks"):
-            self._watch(manager)
+        manager: Any = super().proxy_manager_for(proxy, **kwargs)
+        by_socks = str(proxy).lower().startswith("socks")
+        known = manager.pool_classes_by_scheme
+        manager.pool_classes_by_scheme = _socks_pools(known) if by_socks else _POOLS
         return manager
 
-    def _watch(self, manager: Any) -> None:
-        manager.pool_classes_by_scheme = {"http": _PlainPool, "https": _TLSPool}
+
+_POOLS = {"http": _PlainPool, "https": _TLSPool}
+
+
+def _socks_pools(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Ours, made of those that urllib3 has if PySocks is there."""
+    pools = {}
+    for scheme, pool in known.items():
+        if issubclass(pool, _WatchedPool):  # the manager is an old one
+            return dict(known)
+        facts = {"shakes_hands": scheme == "https"}
+        kind = type("_Socks", (_WatchedSocks, pool.ConnectionCls), facts)
+        pools[scheme] = type(
+            "_SocksPool", (_WatchedPool, pool), {"ConnectionCls": kind}
+        )
+    return pools
 
 
 _the_session: requests.Session | None = None
@@ -5099,6 +5286,7 @@ class _Deadlines:
         self._idle = _or_never(timeouts.idle)
         self._end = started + _or_never(timeouts.total)
         self._sent = self._moved = started
+        self.heard = 0  # bytes that this request had brought by then
         #: Deltas have come, or none is waited for (a feed without first_token).
         self.has_begun = False
         self.has_finished = False
@@ -5106,6 +5294,7 @@ class _Deadlines:
     def send(self, now: float) -> None:
         """A request is being sent."""
         self._sent = self._moved = now
+        self.heard = 0
         self.has_begun = self.has_finished = False
 
     def skip(self, seconds: float) -> None:
@@ -5113,9 +5302,9 @@ class _Deadlines:
         self._sent += seconds
         self._moved += seconds
 
-    def move(self, now: float) -> None:
+    def move(self, now: float, heard: int) -> None:
         """There was progress."""
-        self._moved = now
+        self._moved, self.heard = now, heard
 
     def expect_end(self, now: float) -> None:
         """All that matters is there; the rest must come soon."""
@@ -5177,6 +5366,7 @@ _TIMEOUT_ADVICE = {
     "long queue; Timeouts(first_token=...) allows more",
     "read": "the connection is up but silent; Timeouts(read=...) allows more",
     "idle": "only keep-alives came; Timeouts(idle=...) allows more",
+    "silence": "nothing came at all; Timeouts(idle=...) allows more",
     "total": "the whole call took too long; Timeouts(total=...) allows more",
 }
 
@@ -5203,7 +5393,8 @@ class _Failures:
         self._host = host
         self._deadlines = deadlines
         self._guard = guard
-        self._response: requests.Response | None = None
+        self._body: _Body | None = None
+        self.bytes = 0
 
     def _check_verdict(self) -> None:
         if self._guard.verdict:
@@ -5217,13 +5408,13 @@ class _Failures:
 
     def _phase(self, error: BaseException | None = None) -> str:
         """Where it stands before the response; behind that, the loop knows more."""
-        if self._response is not None:
+        if self._body is not None:
             return ""
-        if self._guard.is_ready:
-            return "request"
+        if self._guard.phase:
+            return self._guard.phase
         signs = (NewConnectionError, ProxyError, ssl.SSLError)
         causes = _chain(error) if error else ()
-        is_sure = self._session is None or any(isinstance(e, signs) for e in causes)
+        is_sure = any(isinstance(e, signs) for e in causes)
         return "connect" if is_sure else "request"
 
     def _timeout(self, kind: str) -> StreamingError:
@@ -5231,7 +5422,8 @@ class _Failures:
         if self._deadlines.left(now) <= 0:
             kind = "total"
         seconds = self._deadlines.seconds(kind)
-        advice = _TIMEOUT_ADVICE.get(kind, "")
+        is_silence = kind == "idle" and self.bytes == self._deadlines.heard
+        advice = _TIMEOUT_ADVICE.get("silence" if is_silence else kind, "")
         message = f"the {kind} timeout of {seconds:g} s passed: {advice}"
         phase = "connect" if kind == "connect" else self._phase()
         retryable = kind != "total"
@@ -5253,14 +5445,16 @@ class _Failures:
         kinds = (requests.Timeout, socket.timeout)
         return any(isinstance(e, kinds) and _no_errno(e) for e in _chain(error))
 
-    def _kind_of_timeout(self, error: BaseException, phase: str) -> str:
-        if phase != "request":
-            return self._deadlines.read(_now())[1]
-        is_late = (
-            isinstance(error, requests.ReadTimeout) and not self._guard.is_attached
-        )
-        is_connected = self._guard.is_ready or is_late
-        return self._deadlines.headers()[1] if is_connected else "connect"
+    def _kind_of_timeout(self, error: BaseException, step: str) -> str:
+        now, deadlines = _now(), self._deadlines
+        if step != "request":
+            return deadlines.read(now)[1]
+        phase = self._guard.phase
+        if not phase and isinstance(error, requests.ReadTimeout):
+            # It may be that of a TLS handshake, which ends when connecting has to.
+            is_early = deadlines.connect()[0] <= now < deadlines.headers()[0]
+            phase = "connect" if is_early else "request"
+        return deadlines.headers()[1] if phase == "request" else "connect"
 
 
 class _Exchange(_Failures):
@@ -5279,9 +5473,9 @@ class _Exchange(_Failures):
     ) -> None:
         super().__init__(session, request.host, deadlines, guard)
         self._request = request
-        self._body: _Body | None = None
+        self._response: requests.Response | None = None
+        self._is_doubted = False  # its backend fails, and a new one may not
         self.secrets = request.secrets
-        self.bytes = 0
         self.headers: Mapping[str, str] = {}
         self.status = 0
 
@@ -5291,10 +5485,11 @@ class _Exchange(_Failures):
         :raises StreamingError: of whatever kind fits.
         """
         self._check_verdict()
-        self._guard.on_ready = lambda: self._guard.set(*self._deadlines.headers())
-        self._guard.set(*self._deadlines.connect())
+        self._guard.on_phase = self._set_limit
+        # Of a session that shows us no connection, nothing else can be said.
+        self._guard.set(*self._deadlines.headers())
         try:
-            self._response = self._send()
+            self._response = self._send_for_sure()
         except StreamingError:
             raise
         except _REQUEST_ERRORS as error:
@@ -5308,6 +5503,30 @@ class _Exchange(_Failures):
             self._guard.rest()
         self._check_verdict()
         self._begin(self._response)
+
+    def _set_limit(self, phase: str) -> None:
+        deadlines = self._deadlines
+        is_connecting = phase == "connect"
+        self._guard.set(
+            *(deadlines.connect() if is_connecting else deadlines.headers())
+        )
+
+    def _send_for_sure(self) -> requests.Response:
+        """Send it; and again if a kept connection turns out to have been closed.
+
+        The server has not read the request then, so that nothing is billed.
+        """
+        began = _now()
+        try:
+            return self._send()
+        except _REQUEST_ERRORS as error:
+            signs = (ConnectionError, ssl.SSLError)
+            is_closed = any(isinstance(e, signs) for e in _chain(error))
+            if self._guard.verdict or not (self._guard.is_kept and is_closed):
+                raise
+            logger.debug("a kept connection had been closed: %s", _reason(error))
+        self._deadlines.skip(_now() - began)
+        return self._send()
 
     def _send(self) -> requests.Response:
         request, session = self._request, self._session or _own_session()
@@ -5344,8 +5563,7 @@ class _Exchange(_Failures):
 
     def _begin(self, response: requests.Response) -> None:
         self.status = response.status_code
-        self._guard.is_ready = True
-        if not self._guard.is_attached:  # a caller's session, or a SOCKS proxy
+        if not self._guard.is_attached:  # a caller's session
             self._take_socket(response)
         if self._guard.is_attached:
             _lift_socket_timeout(response)
@@ -5376,6 +5594,7 @@ class _Exchange(_Failures):
                 ),
             )
         error.phase = "request"
+        self._is_doubted = error.retryable
         raise error
 
     def _read_error_body(self) -> bytes:
@@ -5445,7 +5664,8 @@ class _Exchange(_Failures):
         self._response = None
         if response is None:
             return
-        if body is not None and body.is_clean and not self._guard.verdict:
+        is_good = not (self._guard.verdict or self._is_doubted)
+        if body is not None and body.is_clean and is_good:
             source = getattr(response.raw, "_fp", None)
             if isinstance(source, http.client.HTTPResponse):
                 source.close()
@@ -6333,7 +6553,7 @@ class _Chat(_Loop):
     def _note_progress(self, now: float) -> None:
         # Behind the yield, for until then it would only keep the caller waiting.
         answer = self.answer
-        self._deadlines.move(now)
+        self._deadlines.move(now, self.ledger.exchange.bytes)
         if answer.started:
             self._deadlines.has_begun = True
         if answer.finishes and answer.finished:
@@ -7220,7 +7440,7 @@ class _Feed(_Loop):
     def _note_events(self, events: list[ServerSentEvent], now: float) -> None:
         self._failures = self._barren = 0
         self.ledger.events += len(events)
-        self._deadlines.move(now)
+        self._deadlines.move(now, self.ledger.exchange.bytes)
         self._deadlines.has_begun = True
         self.ledger.note_first_token()
 
@@ -7353,7 +7573,9 @@ def stream_events(
     It goes on where it was by ``Last-Event-ID``, after the server's reconnection
     time.  It stops on status 204, and on a clean end of a POST or where ``retry`` is
     None.  It never reconnects after :meth:`EventStream.close`, a status that no wait
-    mends, or a wrong content type.
+    mends, or a wrong content type; nor from an event whose ID begins with a control
+    character other than a tab, which cannot be sent: the loss of the connection is
+    raised then.
 
     :param url: the endpoint.
     :param method: ``GET`` (default, as EventSource does) or ``POST``.
