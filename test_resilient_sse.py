@@ -14834,7 +14834,9 @@ def test_a_failing_stream_as_the_value_of_a_cell_fails_it(shell, capsys):
 # A run that was killed leaves the first part of its entry, cut after any byte: these
 # tests make such entries out of whole ones, and kill a real process besides.
 
-JOURNAL_KINDS = "SELECT kind, value FROM records ORDER BY number"
+JOURNAL_KINDS = (
+    "SELECT kind, value FROM records WHERE kind != 'complete' ORDER BY number"
+)
 
 
 @pytest.fixture
@@ -14869,13 +14871,14 @@ def journal_beginnings(
 
 def journal_leave(path: str, rows: list[tuple[str, Any]]) -> None:
     """Make the only entry of a journal one that a killed process left."""
-    insert = "INSERT INTO records (request, kind, value) SELECT request, ?, ? FROM "
-    journal_do(
-        path,
-        "DELETE FROM records",
-        "UPDATE streams SET state = 'open'",
-        *((insert + "streams", row) for row in rows),
-    )
+    insert = "INSERT INTO records (request, kind, value, sum) VALUES (?, ?, ?, ?)"
+    [(request,)] = journal_do(path, "SELECT request FROM streams")
+    total, statements = request.encode(), []
+    for kind, value in rows:
+        value = value.encode() if isinstance(value, str) else value
+        total = hashlib.sha256(total + kind.encode() + b"\0" + value).digest()
+        statements.append((insert, (request, kind, value, total)))
+    journal_do(path, "DELETE FROM records", *statements)
 
 
 @pytest.mark.parametrize("row", STREAMS_EXACT, ids=lambda row: row[0])
@@ -15137,7 +15140,8 @@ def test_a_finish_reason_before_the_kill_makes_the_answer_whole(journal: str) ->
             assert "".join(stream) == "Once"
             assert stream.result.finish_reason == "stop"
         assert not wire.requests
-        assert journal_do(journal, "SELECT state FROM streams") == [("complete",)]
+        last = "SELECT kind FROM records ORDER BY number DESC LIMIT 1"
+        assert journal_do(journal, last) == [("complete",)]
 
 
 def test_a_last_json_line_needs_no_line_feed_in_an_entry_either(journal: str) -> None:
@@ -15305,7 +15309,7 @@ def test_an_interactive_loop_and_complete_chat_share_an_entry(journal: str) -> N
 def test_a_journal_that_cannot_be_written_does_not_cost_the_answer(
     journal: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(rs, "_BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(rs, "_STALL_SECONDS", 0.05)
     options: dict[str, Any] = {"journal": journal, "resume": "continue"}
     with FlakyServer(STORY, delay=0.002) as server:
         options["base_url"] = server.url + "/v1"
@@ -15333,16 +15337,43 @@ def test_a_journal_is_closed_however_the_stream_ends(journal: str) -> None:
     assert os.listdir(os.path.dirname(journal)) == ["journal.db"]
 
 
-@pytest.mark.parametrize("content", [b"no database " * 99, b"newer"])
-def test_a_file_that_is_no_journal_is_an_error_before_any_request(
-    content: bytes, journal: str
-) -> None:
-    if content == b"newer":
-        journal_do(journal, "CREATE TABLE t (x)")
-        with contextlib.closing(sqlite3.connect(journal)) as database:
-            database.execute("PRAGMA user_version = 99")
+def journal_foreign(case: str, path: str) -> None:
+    """Put a file there that is no journal."""
+    statements = {
+        "another's database": ["CREATE TABLE t (x)"],
+        "another's version 1": ["CREATE TABLE t (x)", "PRAGMA user_version = 1"],
+        "another's streams": ["CREATE TABLE streams (request, owner)"],
+        "another's, empty": ["CREATE TABLE t (x)", "DROP TABLE t"],
+        "another's, write-ahead": ["CREATE TABLE t (x)"],
+        "newer": [
+            f"PRAGMA application_id = {rs._JOURNAL_ID}",
+            "PRAGMA user_version = 99",
+        ],
+    }
+    if case == "a short text":
+        Path(path).write_bytes(b"x")
+    elif case == "a text":
+        Path(path).write_bytes(b"no database " * 99)
     else:
-        Path(journal).write_bytes(content)
+        journal_do(path, *statements[case])
+    if case == "another's, write-ahead":
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute("PRAGMA journal_mode = WAL").fetchall()
+
+
+JOURNAL_FOREIGN = ["another's database", "another's version 1", "another's streams"]
+JOURNAL_FOREIGN += ["another's, empty", "another's, write-ahead", "newer"]
+JOURNAL_FOREIGN += ["a short text", "a text"]
+
+
+@pytest.mark.parametrize("case", JOURNAL_FOREIGN)
+def test_a_file_that_is_no_journal_is_refused_untouched_before_any_request(
+    case: str, tmp_path: Path
+) -> None:
+    journal = str(tmp_path / "a?b#c%41 d.db")
+    journal_foreign(case, journal)
+    os.chmod(journal, 0o644)
+    os.utime(journal, (1, 1))
     before = Path(journal).read_bytes()
     with streams_wire("Once") as wire:
         stream = streams_ask(journal=journal)
@@ -15350,7 +15381,154 @@ def test_a_file_that_is_no_journal_is_an_error_before_any_request(
             with pytest.raises(OSError, match=re.escape(f"journal={journal!r}: ")):
                 list(stream)
         assert not wire.requests
+    found = os.stat(journal)
     assert Path(journal).read_bytes() == before
+    assert found.st_mtime == 1
+    assert os.name != "posix" or found.st_mode & 0o777 == 0o644
+    assert os.listdir(str(tmp_path)) == [os.path.basename(journal)]
+
+
+def test_a_folder_or_a_device_is_no_journal(tmp_path: Path) -> None:
+    for path in [str(tmp_path), os.devnull]:
+        with pytest.raises(OSError, match="journal="):
+            list(streams_ask(journal=path))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX modes")
+@pytest.mark.parametrize("mask", [0, 0o777])
+@pytest.mark.parametrize("mode", [None, 0o666])
+def test_a_journal_is_its_owners_alone(
+    mask: int, mode: int | None, tmp_path: Path
+) -> None:
+    journal = tmp_path / "a?b#c%41 d.db"
+    if mode is not None:  # an empty file is ours to use
+        journal.touch()
+        journal.chmod(mode)
+    before = os.umask(mask)
+    try:
+        with streams_wire("Once upon", pieces=3) as wire:
+            stream = streams_ask(journal=journal)
+            next(stream)
+            modes = {p.name[13:]: p.stat().st_mode & 0o777 for p in tmp_path.iterdir()}
+            list(stream)
+            journal.chmod(0o644)
+            assert "".join(streams_ask(journal=journal)) == "Once upon"
+            assert len(wire.requests) == 1
+    finally:
+        os.umask(before)
+    assert modes == {"": 0o600, "-wal": 0o600, "-shm": 0o600}
+    assert journal.stat().st_mode & 0o777 == 0o600
+
+
+@contextlib.contextmanager
+def journal_locked(path: str) -> Iterator[None]:
+    """Another program holds the file."""
+    script = (
+        "import sqlite3, sys\n"
+        "database = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+        "database.execute('PRAGMA busy_timeout = 9000')\n"
+        "database.execute('BEGIN EXCLUSIVE')\n"
+        "print(flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", script, path]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.communicate(timeout=30)
+
+
+@pytest.mark.parametrize("kind", ["total", "first_token", "idle", "", "close"])
+def test_a_lock_of_another_does_not_outlast_the_limits_of_a_stream(
+    kind: str, journal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times: dict[str, Any] = {kind: 0.2} if kind in ("total", "first_token") else {}
+    if kind == "idle":
+        times = {"first_token": None, "idle": 0.2}
+    if not kind:
+        monkeypatch.setattr(rs, "_LOCK_SECONDS", 0.2)
+    with streams_wire("Once") as wire:
+        list(streams_ask(journal=journal, user="other"))
+        with journal_locked(journal):
+            stream = streams_ask(journal=journal, timeouts=rs.Timeouts(**times))
+            timer = threading.Timer(0.2, stream.close)
+            if kind == "close":
+                timer.start()
+            started = time.monotonic()
+            expected = {"close": rs.StreamAbortedError, "": OSError}
+            with pytest.raises(expected.get(kind, rs.StreamTimeoutError)) as caught:
+                list(stream)
+            assert time.monotonic() - started < 5
+            assert getattr(caught.value, "kind", kind) == kind
+        assert len(wire.requests) == 1
+        if kind != "close":
+            assert "".join(streams_ask(journal=journal)) == "Once"
+
+
+def test_a_lock_costs_a_stream_its_journal_and_not_its_time_and_leaves_no_hole(
+    journal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rs, "_STALL_SECONDS", 0.1)
+    raw = [streams_events(word, ends=word == "a time") for word in STREAMS_WORDS]
+    with streams_wire("", [("raw", raw), ("raw", raw[1:])]) as wire:
+        options: dict[str, Any] = {"journal": journal, "resume": "continue"}
+        stream = streams_ask(**options)
+        printed = next(stream)
+        started = time.monotonic()
+        with journal_locked(journal):
+            printed += next(stream)
+        printed += "".join(stream)
+        assert printed == "Once upon a time"
+        assert time.monotonic() - started < 5
+        again = streams_ask(**options)
+        assert next(again) == "Once "
+        assert "Once " + "".join(again) == "Once upon a time"
+        assert wire.actions == ["start", "continue"]
+
+
+JOURNAL_ADDRESSES = [
+    ("http://h/v1?api-version=1", "http://h/v1?api-version=2", False),
+    ("http://h/v1?deployment=a", "http://h/v1?deployment=b", False),
+    ("http://h/v1?author=a", "http://h/v1?author=b", False),
+    ("http://h/v1?max_tokens=1", "http://h/v1?max_tokens=2", False),
+    ("http://h/v1?a=1&key=one", "http://h/v1?a=1&key=two", True),
+    ("http://h/v1?%6Bey=one", "http://h/v1", True),
+    ("http://h/v1?sig=one&a=1", "http://h/v1?sig=two&a=1", True),
+    ("http://h/v1?subscription-key=1", "http://h/v1?subscription-key=2", True),
+    ("http://h/v1?X-Amz-Signature=1", "http://h/v1?X-Amz-Signature=2", True),
+    ("http://u:p@h/v1", "http://h/v1", True),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "same"), JOURNAL_ADDRESSES)
+def test_an_entry_belongs_to_the_whole_url_but_for_its_secrets(
+    one: str, other: str, same: bool, journal: str
+) -> None:
+    with streams_wire("Once") as wire:
+        list(streams_ask(journal=journal, base_url=one))
+        list(streams_ask(journal=journal, base_url=other))
+        assert len(wire.requests) == (1 if same else 2)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_a_key_that_the_server_echoes_is_not_in_the_file(
+    size: int, journal: str
+) -> None:
+    key = "sk-echoed-0123456789"
+    raw = streams_events("It is ", key, " and sk-", "echo", "no")
+    pieces = [raw[n : n + size] for n in range(0, len(raw), size)]
+    with streams_wire("", [("raw", pieces)]) as wire:
+        options: dict[str, Any] = {"journal": journal, "api_key": key}
+        assert "".join(streams_ask(**options)) == f"It is {key} and sk-echono"
+        values = b"".join(v for _, v in journal_do(journal, JOURNAL_KINDS))
+        assert key[:8].encode() not in values
+        kept = "".join(streams_ask(**options))
+        assert kept == f"It is {'*' * len(key)} and sk-echono"
+        assert len(wire.requests) == 1
 
 
 def test_a_journal_in_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
@@ -15358,18 +15536,91 @@ def test_a_journal_in_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> 
         list(streams_ask(journal=tmp_path / "no" / "journal.db"))
 
 
-def test_a_damaged_entry_is_an_error_and_not_half_an_answer(journal: str) -> None:
-    with streams_wire("Once upon a time") as wire:
+STREAMS_WORDS = ["Once ", "upon ", "a time"]
+JOURNAL_DAMAGE = {
+    "a value is cut": "UPDATE records SET value = substr(value, 1, 50)",
+    "a value is another": "UPDATE records SET value = replace(value, 'upon', 'uqon')",
+    "a value is none": "UPDATE records SET value = NULL",
+    "a kind is another": "UPDATE records SET kind = 'chunk' WHERE kind = 'response'",
+    "a sum is none": "UPDATE records SET sum = NULL WHERE kind = 'chunk'",
+    "the first is lost": "DELETE FROM records WHERE number = 1",
+    "one is lost": "DELETE FROM records WHERE number = 4",
+    "one moved": "UPDATE records SET number = 99 WHERE number = 4",
+    "two are swapped": "UPDATE records SET number = 1000 - number",
+    "one came in": "INSERT INTO records SELECT 99, request, kind, value, sum "
+    "FROM records WHERE number = 4",
+    "complete too early": "UPDATE records SET kind = 'complete', value = '' "
+    "WHERE number = 4",
+}
+
+
+@pytest.mark.parametrize("damage", JOURNAL_DAMAGE)
+def test_a_damaged_entry_starts_over(damage: str, journal: str) -> None:
+    raw = [streams_events(word, ends=word == "a time") for word in STREAMS_WORDS]
+    with streams_wire("", [("raw", raw), ("raw", raw)]) as wire:
+        for _ in range(2):
+            assert "".join(streams_ask(journal=journal)) == "Once upon a time"
+        assert len(wire.requests) == 1
+        journal_do(journal, JOURNAL_DAMAGE[damage])
+        for _ in range(2):
+            assert "".join(streams_ask(journal=journal)) == "Once upon a time"
+        assert len(wire.requests) == 2
+
+
+def test_a_whole_entry_that_is_read_as_less_is_an_error_and_given_up(
+    journal: str,
+) -> None:
+    with streams_wire("Once upon a time"):
         list(streams_ask(journal=journal))
-        journal_do(journal, "UPDATE records SET value = substr(value, 1, 300)")
-        wire.requests.clear()
+        beginning = streams_events("Once ", ends=False)
+        rows = [("request", '"start"'), ("chunk", beginning), ("complete", b"")]
+        journal_leave(journal, rows)
         _, error = streams_outcome(streams_ask(journal=journal))
         assert isinstance(error, rs.MalformedStreamError)
-        assert not wire.requests
         assert "".join(streams_ask(journal=journal)) == "Once upon a time"
-        journal_do(journal, "UPDATE records SET value = '{' WHERE kind = 'request'")
-        with pytest.raises(OSError, match="journal="):
-            list(streams_ask(journal=journal))
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+def test_flipped_bytes_in_a_journal_never_give_another_text(
+    suffix: str, journal: str
+) -> None:
+    chance = random.Random(7)
+    raw = [streams_events(word, ends=word == "a time") for word in STREAMS_WORDS]
+    with streams_wire("") as wire:
+        wire.cuts = [("raw", raw)]
+        holder = None
+        if suffix:  # a reader keeps what was written in the file beside it
+            list(streams_ask(journal=journal, user="other"))
+            holder = sqlite3.connect(journal, isolation_level=None)
+            holder.execute("SELECT * FROM streams").fetchall()
+        wire.cuts = [("raw", raw)]
+        assert "".join(streams_ask(journal=journal)) == "Once upon a time"
+        folder = Path(journal).parent
+        images = {p.name: p.read_bytes() for p in folder.iterdir()}
+        images.pop("journal.db-shm", None)
+        if holder is not None:
+            holder.close()
+        target, seen = "journal.db" + suffix, set()
+        used = [n for n, byte in enumerate(images[target]) if byte]
+        for number in range(100):
+            for path in folder.iterdir():
+                path.unlink()
+            image = bytearray(images[target])
+            for place in chance.choices(used, k=1 + number % 3):
+                image[place] ^= 1 << chance.randrange(8)
+            for name, content in {**images, target: bytes(image)}.items():
+                (folder / name).write_bytes(content)
+            wire.requests.clear()
+            wire.cuts = [("raw", raw)]
+            try:
+                text = "".join(streams_ask(journal=journal))
+            except OSError as error:
+                assert not isinstance(error, rs.StreamingError)
+                seen.add("refused")
+                continue
+            assert text == "Once upon a time"
+            seen.add(f"{len(wire.requests)} requests")
+    assert {"0 requests", "1 requests"} <= seen
 
 
 @pytest.mark.parametrize("wrong", [3, "", b"journal.db", True, rs.Limits()])
