@@ -9368,6 +9368,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if sys.stdout is None:  # closed before the start: as good as a closed pipe
         return 141
+    if sys.stderr is None:  # argparse would fail on it
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            return main(argv)
     try:
         return _run(_parser().parse_args(argv))
     except SystemExit as stop:  # argparse has said why
@@ -9383,8 +9386,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         _complain(str(error))
         return 2
-    except OSError as error:
+    except (OSError, RecursionError) as error:
         _complain(str(error))
+        try:
+            sys.stdout.flush()
+        except OSError:  # it is standard output that cannot be written
+            _discard_output()
         return 1
 
 
@@ -9453,6 +9460,8 @@ def _parameter(argument: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"{argument!r} is not of the form name=value")
     try:
         return name, jsonlib.loads(text)
+    except RecursionError as error:
+        raise argparse.ArgumentTypeError(f"{name}=... is nested too deeply") from error
     except ValueError:
         return name, text
 
@@ -9471,6 +9480,8 @@ def _run(options: argparse.Namespace) -> int:
         stream = _open_stream(options)
     except TypeError as error:  # another client's name for a parameter
         raise ValueError(error) from error
+    except RecursionError as error:
+        raise ValueError("--param: a value is nested too deeply") from error
     with contextlib.ExitStack() as files:
         # Before the answer is paid for: a path that cannot be written ends it here.
         if options.trace:
@@ -9487,9 +9498,13 @@ def _run(options: argparse.Namespace) -> int:
 def _version_line() -> str:
     import hashlib
 
-    with open(__file__, "rb") as file:
-        digest = hashlib.sha256(file.read()).hexdigest()
-    return f"resilient_sse {__version__} sha256:{digest}\n"
+    loader = getattr(globals().get("__spec__"), "loader", None)
+    if loader is None:  # run as a script
+        with open(__file__, "rb") as file:
+            source = file.read()
+    else:  # it may be in an archive
+        source = loader.get_data(__file__)
+    return f"resilient_sse {__version__} sha256:{hashlib.sha256(source).hexdigest()}\n"
 
 
 def _open_stream(options: argparse.Namespace) -> ChatStream:
@@ -9530,7 +9545,7 @@ def _check_params(params: dict[str, Any]) -> None:
 def _read_prompt(argument: str | None) -> str:
     if argument is not None and argument != "-":
         return argument
-    if argument is None and sys.stdin.isatty():
+    if sys.stdin is None or (argument is None and sys.stdin.isatty()):
         raise ValueError("no prompt: give one, or - to read standard input")
     source = getattr(sys.stdin, "buffer", None)
     text = sys.stdin.read() if source is None else source.read().decode("utf-8")
@@ -9608,6 +9623,8 @@ class _RawFile(Observer):
 
 def _as_json(value: Any) -> Any:
     """The same as JSON can hold it: records become objects, other things text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if value is None or isinstance(value, (str, int, float)):
         return value
     if hasattr(value, "_asdict"):
@@ -9626,7 +9643,7 @@ class _Facts(Observer):
         super().__init__()
         self._out = out
         self._all = options.verbose
-        shown = sys.stderr is not None and sys.stderr.isatty() and not options.quiet
+        shown = sys.stderr.isatty() and not options.quiet
         self._some = shown or options.verbose
 
     def _say(self, record: StreamRecord) -> None:
@@ -9645,12 +9662,11 @@ class _Facts(Observer):
 
 def _complain(text: str) -> None:
     """A line on standard error, whatever its encoding can hold."""
-    if sys.stderr is None:
-        return
     line = _CONTROL.sub("\ufffd", f"resilient-sse: {text}") + "\n"
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    sys.stderr.write(line.encode(encoding, "backslashreplace").decode(encoding))
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # it has no reader; the exit status still tells
+        sys.stderr.write(line.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stderr.flush()
 
 
 def _exit_status(error: StreamingError) -> int:

@@ -46,6 +46,7 @@ import time
 import traceback
 import types
 import weakref
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15956,6 +15957,75 @@ def test_a_closed_pipe_ends_the_script_without_complaint(case, buffered, saved):
 def test_no_stdout_is_a_closed_pipe(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert rs.main(["--version"]) == 141
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+@pytest.mark.parametrize(
+    ("redirection", "arguments", "status", "out"),
+    [
+        ("<&-", ["--model", "m"], 2, b""),
+        ("<&-", ["--model", "m", "-"], 2, b""),
+        ("2>&-", ["--unknown"], 2, b""),
+        ("2>&-", ["--verbose", "--replay", "half"], 6, b"half"),
+        (">&- 2>&-", ["--version"], 141, b""),
+        (">&-", ["--replay", "half"], 141, b""),
+        (">/dev/full", ["--replay", "half"], 1, b""),
+        ("2>/dev/full", ["--verbose", "--replay", "half"], 6, b"half"),
+        ("<&- >&- 2>&-", ["--replay", "half"], 141, b""),
+    ],
+)
+def test_closed_or_full_streams_of_the_process_end_in_a_status_and_no_traceback(
+    redirection, arguments, status, out, saved
+):
+    if "/dev/full" in redirection and not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    body = saved(cut_body("half"))
+    arguments = [body if argument == "half" else argument for argument in arguments]
+    line = ["sh", "-c", f'exec "$0" "$@" {redirection}', sys.executable, rs.__file__]
+    done = subprocess.run(
+        [*line, *arguments], capture_output=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (status, out), done.stderr
+    assert b"Traceback" not in done.stderr and b"ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("depth", [400, 100000])
+def test_a_parameter_that_is_nested_too_deeply_is_status_2_or_sent(depth, capsys):
+    nested = "x=" + "[" * depth + "]" * depth
+    line = ["--model", "m", "--base-url", "http://host/v1", "--param", nested, "x"]
+    with streams_wire("Once"):
+        status = rs.main(line)
+    out, err = capsys.readouterr()
+    assert (status, out) in [(0, "Once"), (2, "")]
+    assert depth == 400 or (status == 2 and "nested too deeply" in err)
+
+
+def test_json_has_null_where_a_server_sent_no_number(saved, capsysbinary):
+    usage = b'{"prompt_tokens": 1, "x": [NaN, Infinity, -Infinity, 1.5]}'
+    last = b'data: {"choices": [], "usage": ' + usage + b"}\n\ndata: [DONE]"
+    body = chat_body("hi").replace(b"data: [DONE]", last)
+    assert rs.main(["--json", "--replay", saved(body)]) == 0
+
+    def no_constant(name):
+        raise AssertionError(name)
+
+    out = capsysbinary.readouterr().out
+    result = json.loads(out.decode(), parse_constant=no_constant)
+    assert result["usage"]["raw"]["x"] == [None, None, None, 1.5]
+
+
+def test_the_version_is_told_inside_an_archive_too(tmp_path):
+    archive = str(tmp_path / "app.pyz")
+    with zipfile.ZipFile(archive, "w") as file:
+        file.write(rs.__file__, "resilient_sse.py")
+        file.writestr(
+            "__main__.py",
+            "import resilient_sse\nraise SystemExit(resilient_sse.main())",
+        )
+    done = command("--version", script=[archive])
+    assert done.returncode == 0, done.stderr
+    digest = hashlib.sha256(Path(rs.__file__).read_bytes()).hexdigest()
+    assert digest.encode() in done.stdout
 
 
 def test_the_module_runs_by_name(saved):
