@@ -9262,12 +9262,12 @@ class _JournalEntry(Observer):
             self._close()
 
     def _do(
-        self, statement: str, values: Any = (), seconds: float = _LOCK_SECONDS
+        self, statement: str, values: Any = (), seconds: float | None = None
     ) -> list[Any]:
         """Rows of a statement; a lock is waited for, as long as the stream may."""
         import sqlite3
 
-        end = _now() + seconds
+        end = _now() + (_LOCK_SECONDS if seconds is None else seconds)
         while True:
             try:
                 return cast(
