@@ -9270,9 +9270,8 @@ class _JournalEntry(Observer):
         end = _now() + (_LOCK_SECONDS if seconds is None else seconds)
         while True:
             try:
-                return cast(
-                    "list[Any]", self._database.execute(statement, values).fetchall()
-                )
+                rows: list[Any] = self._database.execute(statement, values).fetchall()
+                return rows
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or _now() >= end or not self._may_wait():
                     raise
@@ -9280,8 +9279,14 @@ class _JournalEntry(Observer):
     def _close(self) -> None:
         _open_journals.pop(self._owner, None)
         database, self._database = self._database, None
-        if database is not None:
+        if database is None:
+            return
+        import sqlite3
+
+        try:
             database.close()
+        except sqlite3.Error as error:  # what was committed stays
+            logger.debug("journal: %s", error)
 
 
 def _address_asked(url: str) -> str:
