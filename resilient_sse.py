@@ -54,6 +54,7 @@ import contextlib
 import copy
 import email.utils
 import errno
+import functools
 import heapq
 import http.client
 import http.cookiejar
@@ -239,6 +240,202 @@ class StreamAbortedError(StreamingError):
     A loop that its own thread has closed just ends; of that, only observers and
     :meth:`ChatStream.complete` get this error.
     """
+
+
+# -- what may be shown
+# One list of secret names, one search for secrets in a text, one way to show a URL.
+# What a server sends is cut by _clipped alone: its dots tell the search where a secret
+# may have been cut, so that none survives in part, whichever comes first.
+
+#: Names of headers and of query parameters; the short words only as whole ones.
+_SECRET_NAME = re.compile(
+    r"^(?!.*rate-?limit).*(?:auth|key|token(?!s)|secret|cookie|passw|passphrase|bearer"
+    r"|credential|signature|session|organization|project"
+    r"|(?<![a-z])(?:jwt|pass|pwd|sid|sig)(?![a-z]))|^code$",
+    re.IGNORECASE,
+)
+#: All but tab and line feed; what turns the direction of text counts, too.
+_CONTROL = re.compile(
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+)
+_LEAST_SECRET = 4  # characters; anything shorter stands everywhere by chance
+_ENTITIES = {"&": "amp", '"': "quot", "'": "apos", "<": "lt", ">": "gt"}
+_BROKEN_ESCAPE = re.compile(
+    r"(?:\\+(?:u[0-9a-f]{0,3})?|%[0-9a-f%]{0,4}|&[#\w;]{0,9})(?=\.\.\.|\Z)"
+)
+
+
+class _Secret(str):
+    """A string that a traceback with local variables does not show."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+def _clipped(text: object, size: int) -> str:
+    """At most so many characters; dots say that some are missing."""
+    whole = str(text)
+    return whole if len(whole) <= size else whole[: size - 3] + "..."
+
+
+def _one_line(text: str) -> str:
+    """The text without control characters, in one line."""
+    return " ".join(_CONTROL.sub(" ", text).split())
+
+
+def _bare_url(url: str) -> str:
+    """The URL as it may be shown: no query, no user."""
+    return re.sub("//[^/]*@", "//", re.split("[?#]", url)[0])
+
+
+def _shown_headers(headers: Mapping[str, Any]) -> dict[str, str]:
+    """The headers as they may be shown."""
+    return {
+        _one_line(str(name)): "***"
+        if _SECRET_NAME.search(str(name))
+        else _one_line(str(value))
+        for name, value in headers.items()
+    }
+
+
+def _secrets_in(
+    url: str, headers: Mapping[str, str], *more: str
+) -> tuple[_Secret, ...]:
+    """What a server may echo and nobody else may see, the longest first."""
+    query = url.partition("#")[0].partition("?")[2]
+    pairs = [pair.partition("=") for pair in query.split("&")]
+    named = [*headers.items(), *((name, value) for name, _, value in pairs)]
+    values = [value for name, value in named if _SECRET_NAME.search(name)]
+    tokens = [value.partition(" ")[2].strip() for value in values]  # without "Bearer"
+    parts = re.findall(r'=\s*"?([^\s",;]{8,})', "\n".join(values))  # of cookies, AWS
+    values += [*more, *tokens, *parts, *map(_password_in, tokens), *_login_in(url)]
+    values += [unquote(value) for value in values]
+    found = {_Secret(value) for value in values if len(value) >= _LEAST_SECRET}
+    return tuple(sorted(found, key=len, reverse=True))
+
+
+def _login_in(url: str) -> list[str]:
+    """What of the user in a URL is secret, and the same as it is sent."""
+    user, at, _ = url.partition("//")[2].partition("/")[0].rpartition("@")
+    name, _, password = user.partition(":")
+    sent = f"{unquote(name)}:{unquote(password)}".encode("latin-1", "replace")
+    return [password or name, base64.b64encode(sent).decode()] if at else []
+
+
+def _password_in(credentials: str) -> str:
+    """The password in credentials of Basic authentication (RFC 7617)."""
+    try:
+        user = base64.b64decode(credentials).decode("latin-1")
+    except ValueError:
+        return ""  # they are of another kind
+    name, colon, password = user.partition(":")
+    return password or name if colon else ""
+
+
+@functools.lru_cache(maxsize=512)
+def _spelled(character: str) -> str:
+    """A pattern for a character as it is, or as JSON, URLs and HTML write it.
+
+    None of them writes letters and digits otherwise.
+    """
+    if character.isascii() and character.isalnum():
+        return character
+    code, name = ord(character), _ENTITIES.get(character, "#")
+    octets = character.encode("utf-8", "replace")
+    forms = [
+        r"\\+" if character == "\\" else r"\\*" + re.escape(character),
+        rf"\\+u{code:04x}",
+        "".join(f"%(?:25)*{octet:02x}" for octet in octets),
+        rf"&(?:amp;)*(?:#0*{code}|#x0*{code:x}|{name});",
+    ]
+    blank = [r"[\s+]+"] if character == " " else []
+    return "(?i:{})".format("|".join(forms + blank))
+
+
+@functools.lru_cache(maxsize=512)
+def _beginning(characters: str) -> re.Pattern[str]:
+    return re.compile("".join(map(_spelled, characters)))
+
+
+def _spell(text: str, start: int, secret: str) -> tuple[int, int]:
+    """How far the text spells the secret: the place, and the characters of it."""
+    if text.startswith(secret, start):
+        return start + len(secret), len(secret)
+    for count, character in enumerate(secret):
+        form = _beginning(character).match(text, start)
+        if form is None:
+            broken = _BROKEN_ESCAPE.match(text, start)
+            return (broken.end() if broken else start), count
+        start = form.end()
+    return start, len(secret)
+
+
+def _spelled_out(text: str, secrets: Iterable[str]) -> Iterator[tuple[int, int, bool]]:
+    """Where a secret stands, or its beginning, and whether it is whole."""
+    for secret in secrets:
+        beginning = _beginning(secret[:_LEAST_SECRET])
+        found = beginning.search(text)
+        while found:
+            stop, count = _spell(text, found.start(), secret)
+            yield found.start(), stop, count == len(secret)
+            found = beginning.search(text, found.start() + 1)
+
+
+def _hidden(text: str, secrets: Iterable[str]) -> str:
+    """The text without secrets, be they whole or cut, at its end or before dots."""
+    spans = [
+        (start, stop)
+        for start, stop, is_whole in _spelled_out(text, secrets)
+        if is_whole or text[stop : stop + 3] in ("", "...")
+    ]
+    pieces, last = [], 0
+    for start, stop in sorted(spans):
+        if start >= last:
+            pieces += [text[last:start], "***"]
+        last = max(last, stop)
+    return "".join(pieces) + text[last:] if pieces else text
+
+
+def _hidden_in(value: Any, secrets: Iterable[str]) -> Any:
+    """The same for the strings in a JSON value."""
+    if isinstance(value, str):
+        return _hidden(value, secrets)
+    if isinstance(value, dict):
+        return {
+            _hidden(str(k), secrets): _hidden_in(v, secrets) for k, v in value.items()
+        }
+    return [_hidden_in(v, secrets) for v in value] if isinstance(value, list) else value
+
+
+def _masked(data: bytes, secrets: Sequence[str]) -> tuple[bytes, bytes]:
+    """Bytes of a body as they may be kept: a secret becomes as many stars.
+
+    :returns: those bytes, and the rest: what may be the beginning of a secret, which
+        the next read ends.  Put the rest before the bytes of that read; behind the
+        last one, see :func:`_masked_rest`.  It never ends an event (no secret has a
+        line feed in it), so nothing of it was handed out.
+    """
+    text = data.decode("latin-1")  # a character a byte
+    known = [s if s.isascii() else s.encode().decode("latin-1") for s in secrets]
+    masked, cut = bytearray(data), [len(text)]
+    for start, stop, is_whole in _spelled_out(text, known):
+        if is_whole:
+            masked[start:stop] = b"*" * (stop - start)
+        elif stop == len(text):
+            cut.append(start)
+    for start in range(max(0, len(text) - 24), 0 if text[-1:] == "\n" else len(text)):
+        for secret in known:  # of which less than _beginning looks for is there
+            stop, count = _spell(text, start, secret)
+            if stop == len(text) and count < len(secret):
+                cut.append(start)
+    return bytes(masked[: min(cut)]), bytes(masked[min(cut) :])
+
+
+def _masked_rest(rest: bytes) -> bytes:
+    """What :func:`_masked` held back, where nothing follows."""
+    return b"*" * len(rest) if len(rest) >= _LEAST_SECRET else rest
 
 
 # ---------------------------------------------------------------------------
@@ -4474,13 +4671,6 @@ _ASK = (
 )
 
 
-def _redacted(text: str, secrets: Iterable[str]) -> str:
-    for secret in secrets:
-        if len(secret) >= 4:
-            text = text.replace(secret, "***")
-    return text
-
-
 # ===========================================================================
 # ======================== I/O starts here ==================================
 # ===========================================================================
@@ -5215,48 +5405,8 @@ class _Request(NamedTuple):
 
     @property
     def shown_url(self) -> str:
-        """The URL as it may be logged: no query, no user."""
-        parts = urlsplit(self.url)
-        return urlunsplit((parts.scheme, self.host, parts.path, "", ""))
-
-    def shown_headers(self) -> dict[str, str]:
-        """The headers as they may be logged."""
-        return {name: _masked(name, value) for name, value in self.headers.items()}
-
-
-_SECRET_NAME = re.compile("auth|key|token|secret|cookie|passw", re.IGNORECASE)
-
-
-def _masked(name: str, value: str) -> str:
-    is_count = "ratelimit" in name.lower()  # x-ratelimit-remaining-tokens
-    return "***" if _SECRET_NAME.search(name) and not is_count else value
-
-
-def _secrets_in(url: str, headers: Mapping[str, str]) -> tuple[str, ...]:
-    """What a server may echo and nobody else may see, the longest first."""
-    parts = urlsplit(url)
-    pairs = [pair.partition("=") for pair in parts.query.split("&")]
-    named = [*headers.items(), *((name, value) for name, _, value in pairs)]
-    values = [value for name, value in named if _SECRET_NAME.search(name)]
-    tokens = [value.partition(" ")[2] for value in values]  # without "Bearer"
-    values += [*tokens, *map(_password_in, tokens), parts.password or ""]
-    values += _cookies_in("; ".join(v for n, v in named if n.lower() == "cookie"))
-    values += [unquote(value) for value in values]
-    return tuple(sorted({*values} - {""}, key=len, reverse=True))
-
-
-def _cookies_in(header: str) -> list[str]:
-    """The values of cookies, but for those too short to be a secret."""
-    found = [pair.partition("=")[2] for pair in header.split("; ")]
-    return [value for value in found if len(value) >= 8]
-
-
-def _password_in(credentials: str) -> str:
-    """The password in credentials of Basic authentication (RFC 7617)."""
-    try:
-        return base64.b64decode(credentials).decode("latin-1").partition(":")[2]
-    except ValueError:
-        return ""  # they are of another kind
+        """The URL as it may be logged."""
+        return _hidden(_bare_url(self.url), self.secrets)
 
 
 def _secrets_sent(response: requests.Response) -> tuple[str, ...]:
@@ -5495,7 +5645,7 @@ class _Exchange(_Failures):
         except _REQUEST_ERRORS as error:
             secrets = self._request.secrets
             if _is_unsendable(error):
-                message = _redacted(str(error), secrets)
+                message = _hidden(str(error), secrets)
                 _stripped(error, secrets)  # it stays as the context
                 raise ValueError(f"cannot send the request: {message}") from None
             raise self._translated(error, "request") from _stripped(error, secrets)
@@ -5555,7 +5705,7 @@ class _Exchange(_Failures):
             secrets.update(_secrets_sent(response))
         self.secrets = tuple(sorted(secrets, key=len, reverse=True))
         self.headers = CaseInsensitiveDict(
-            (n, _redacted(v, self.secrets)) for n, v in pairs
+            (_hidden(n, self.secrets), _hidden(v, self.secrets)) for n, v in pairs
         )
         # requests would read the whole body of a redirect, however long, to prepare
         # the next request; which is not sent.
@@ -5758,7 +5908,7 @@ def _stripped(error: BaseException, secrets: Sequence[str]) -> BaseException:
 def _without_secrets(value: Any, secrets: Sequence[str]) -> Any:
     """A value that a library put on its error, if it can show no secret."""
     if isinstance(value, str):
-        return "" if "?" in value else _redacted(value, secrets)  # a query has keys
+        return "" if "?" in value else _hidden(value, secrets)  # a query has keys
     if isinstance(value, bytes):
         return b""
     return value if isinstance(value, (int, float, BaseException)) else None
@@ -6158,6 +6308,7 @@ class _Loop:
         self.closed = False
         self.was_seen = False  # of the items whole: every kind was handed out
         self._request: _Request | None = None
+        self._unsaid = b""  # the end of what was read: perhaps a secret's beginning
         self._timeouts = timeouts
         self._open = opener
         self._deadlines = _Deadlines(timeouts, _now())
@@ -6304,7 +6455,7 @@ class _Loop:
             "method": request.method,
             "url": request.shown_url,
             "action": request.action,
-            "headers": request.shown_headers(),
+            "headers": _shown_headers(request.headers),
             "body_bytes": len(request.data or b""),
         }
         why = f"{request.action} by {request.method}"
@@ -6316,18 +6467,28 @@ class _Loop:
         self.headers = exchange.headers
         request = cast(_Request, self._request)
         self._request = request._replace(secrets=exchange.secrets)
-        shown = {name: _masked(name, value) for name, value in self.headers.items()}
-        facts = {"status": exchange.status, "headers": shown}
+        facts = {"status": exchange.status, "headers": _shown_headers(self.headers)}
         self.reporter.tell("response", f"HTTP status {exchange.status}", facts)
 
     def _tell_chunk(self, chunk: bytes) -> None:
+        """Tell of bytes as they may be kept: observers write them into files."""
+        chunk, self._unsaid = _masked(self._unsaid + chunk, self._secrets)
+        self._tell_bytes(chunk)
+
+    def _tell_bytes(self, chunk: bytes) -> None:
         if chunk:
             self.reporter.tell("chunk", f"{len(chunk)} bytes", chunk)
+
+    @property
+    def _secrets(self) -> tuple[str, ...]:
+        return self._request.secrets if self._request else ()
 
     def _close_exchange(self, exchange: Any) -> None:
         self._guard = None
         self.ledger.end_request()
         exchange.close()
+        rest, self._unsaid = _masked_rest(self._unsaid), b""
+        self._tell_bytes(rest)
 
     def _told(self, batch: list[Any], position: Iterator[Any]) -> Iterator[Any]:
         """Tell the observers of each item, just before it is handed out."""
@@ -6346,13 +6507,13 @@ class _Loop:
 
     def _redact(self, error: StreamingError) -> str:
         """Take out the secrets that a server has echoed; return the message."""
-        secrets = self._request.secrets if self._request else ()
-        message = _redacted(str(error), secrets)
+        secrets = self._secrets
+        message = _hidden(str(error), secrets)
         error.args = (message,)
         for name in ("body", "code", "type"):
             value = getattr(error, name, None)
             if isinstance(value, str):
-                setattr(error, name, _redacted(value, secrets))
+                setattr(error, name, _hidden(value, secrets))
         return message
 
     def _wait(self, error: StreamingError, action: str, wait: float) -> None:
@@ -8090,11 +8251,6 @@ class _Snapshot(NamedTuple):
     now: float
 
 
-def _clipped(text: object, size: int) -> str:
-    whole = str(text)
-    return whole if len(whole) <= size else whole[: size - 3] + "..."
-
-
 def _count_capped(counts: dict[str, int], name: str) -> None:
     if name not in counts and len(counts) >= _MONITOR_KINDS:
         name = "other"
@@ -8229,12 +8385,6 @@ def _histogram_samples(histogram: _LogHistogram) -> list[tuple[str, float]]:
 # Refuses to hold text in report() and save(): sizes only, secrets masked by header
 # name. save_raw() alone writes the body itself, and needs that to be replayed.
 
-_PRIVATE_HEADER = re.compile(
-    r"auth|cookie|token|secret|password|credential|signature|session|key"
-    r"|organization|project",
-    re.IGNORECASE,
-)
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 _KEY_LIKE = re.compile(
     r"\b(?:bearer\s+|sk-|xox[a-z]-|AIza|hf_|gsk_)[^\s\"',;]{6,}", re.IGNORECASE
 )
@@ -8461,14 +8611,14 @@ class _TraceLog:
             url=_bare_url(str(data.get("url") or "")),
             action=data.get("action"),
             body_bytes=data.get("body_bytes"),
-            headers=_shown_headers(data.get("headers") or {}),
+            headers=_short_headers(data.get("headers") or {}),
         )
 
     def response(self, record: StreamRecord) -> None:
         status = record.data.get("status")
         self.sums.read_at = record.seconds
         self._raw_stale = self._raw_stale or status is None or status < 400
-        headers = _shown_headers(record.data.get("headers") or {})
+        headers = _short_headers(record.data.get("headers") or {})
         self._note(record, "response", record.why, status=status, headers=headers)
 
     def chunk(self, record: StreamRecord) -> None:
@@ -8681,21 +8831,12 @@ def _software() -> str:
 
 def _harmless(why: str) -> str:
     """One line without control characters and without what looks like a key."""
-    line = " ".join(_CONTROL.sub(" ", why).split())
-    return _clipped(_KEY_LIKE.sub("***", line), _WHY_WIDTH)
+    return _clipped(_KEY_LIKE.sub("***", _one_line(why)), _WHY_WIDTH)
 
 
-def _shown_headers(headers: Mapping[str, Any]) -> dict[str, str]:
-    """Headers that can be shown; rate limits count tokens and are no secret."""
-    shown = {}
-    for name, value in headers.items():
-        secret = _PRIVATE_HEADER.search(name) and "ratelimit" not in name.lower()
-        shown[str(name)] = "***" if secret else _clipped(value, _HEADER_WIDTH)
-    return shown
-
-
-def _bare_url(url: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", re.split(r"[?#]", url)[0])
+def _short_headers(headers: Mapping[str, Any]) -> dict[str, str]:
+    shown = _shown_headers(headers)
+    return {name: _clipped(value, _HEADER_WIDTH) for name, value in shown.items()}
 
 
 def _error_facts(error: BaseException) -> dict[str, Any]:
