@@ -82,6 +82,7 @@ from typing import (
     cast,
 )
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.request import getproxies
 
 import requests
 import urllib3.util.connection
@@ -95,7 +96,7 @@ from urllib3.exceptions import (
     NewConnectionError,
     ProxyError,
 )
-from urllib3.util import wait_for_write
+from urllib3.util import parse_url, wait_for_write
 
 __version__ = "0.1.0"
 
@@ -272,6 +273,23 @@ class _Secret(str):
 
     def __repr__(self) -> str:
         return "'***'"
+
+
+def _veiled(value: Any) -> Any:
+    """A string, or the strings in a dict, as no traceback shows them."""
+    if isinstance(value, Mapping):
+        return {name: _veiled(item) for name, item in value.items()}
+    return _Secret(value) if isinstance(value, str) else value
+
+
+def _veiled_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for those of them that may hold a secret."""
+    return {
+        name: _veiled(value)
+        if name in ("base_url", "headers") or _SECRET_NAME.search(name)
+        else value
+        for name, value in arguments.items()
+    }
 
 
 def _clipped(text: object, size: int) -> str:
@@ -2114,7 +2132,7 @@ def _api_error(document: Any, status: int | None = None, **facts: Any) -> APIErr
     named = _status_named(code, _scalar(inner, "status_code"))
     message = _error_message(document, outer, inner)
     where = f"HTTP status {status}" if status else "an error inside the stream"
-    label = f" ({str(kind or code)[:100]})" if kind or code else ""
+    label = f" ({_clipped(kind or code, 100)})" if kind or code else ""
     facts.setdefault("body", _as_text(document)[:_BODY_KEPT])
     facts.setdefault("request_id", _scalar(outer, "request_id"))
     return APIError(
@@ -2157,7 +2175,7 @@ def _error_message(document: Any, outer: dict[str, Any], inner: dict[str, Any]) 
         found = "; ".join(str(_first_object([d]).get("msg")) for d in outer["detail"])
     text = str(found if found is not None else _as_text(document))
     text = " ".join(text.split())
-    return (text[:500] + "...") if len(text) > 500 else text or "(no message)"
+    return _clipped(text, 500) or "(no message)"
 
 
 def _as_text(document: Any) -> str:
@@ -2460,13 +2478,20 @@ def _append_turns(
 
 
 def _join_url(base_url: str, path: str) -> str:
-    """Append a path, and perhaps a query, to a URL; its own query is kept."""
+    """Append a path, and perhaps a query, to a URL; its own query is kept.
+
+    Where the URL ends in the whole path, or in its version, that is not repeated.
+    """
     parts = urlsplit(base_url)
     path, _, query = path.partition("?")
     queries = "&".join(filter(None, [query, parts.query]))
-    return urlunsplit(
-        (parts.scheme, parts.netloc, parts.path.rstrip("/") + path, queries, "")
-    )
+    base = parts.path.rstrip("/")
+    version = re.match("/(?:v[0-9]+[a-z0-9]*|api)(?=/)", path)
+    if path and base.endswith(path):
+        path = ""
+    elif version and base.endswith(version[0]):
+        path = path[version.end() :]
+    return urlunsplit((parts.scheme, parts.netloc, base + path, queries, ""))
 
 
 #: Finish reasons that name an interruption: a drop, whatever marker follows it.  Of
@@ -3313,7 +3338,8 @@ class Gemini(Dialect):
     def url(self, base_url: str, model: str | None) -> str:
         if model is None:
             return _join_url(base_url, ":streamGenerateContent?alt=sse")
-        version = "" if urlsplit(base_url).path.strip("/") else "/v1beta"
+        known = "/v[0-9][a-z0-9]*(?:/projects/.*)?/?$"  # the latter is Vertex
+        version = "" if re.search(known, urlsplit(base_url).path) else "/v1beta"
         name = model.partition("models/")[2] or model
         path = "%s/models/%s:streamGenerateContent?alt=sse"
         return _join_url(base_url, path % (version, quote(name)))
@@ -4254,7 +4280,7 @@ class _Reader:
         if not has_answer and answer.error is None:
             keys = ", ".join(sorted(map(str, _dict(document)))[:8]) or "no keys"
             message = f"the server sent JSON that is not an answer; it has {keys}"
-            raise MalformedStreamError(message[:300])
+            raise MalformedStreamError(_clipped(message, 300))
         if isinstance(document, dict):
             answer.end()
 
@@ -4492,7 +4518,7 @@ class _Intake:
 
 
 def _excerpt(head: bytes) -> str:
-    return " ".join(head[:80].decode("ascii", "replace").split())
+    return _clipped(" ".join(head.decode("ascii", "replace").split()), 80)
 
 
 # ---------------------------------------------------------------------------
@@ -5383,7 +5409,7 @@ def _body_of(response: requests.Response) -> _Body:
     if response.status_code != 200:  # an error, of which the status is enough
         return body
     raise MalformedStreamError(
-        f"the server compressed the stream as {encoding[:40]!r}, though asked not to "
+        f"the server compressed the stream as {_clipped(encoding, 40)!r}, though asked not to "
         "compress it"
     )
 
@@ -5409,16 +5435,23 @@ class _Request(NamedTuple):
         return _hidden(_bare_url(self.url), self.secrets)
 
 
-def _secrets_sent(response: requests.Response) -> tuple[str, ...]:
-    """The secrets of a request as a caller's session sent it, with its own."""
-    sent: Any = response.request
-    if sent is None:
-        return ()
-    pairs = (sent.headers or {}).items()
+def _secrets_sent(sent: Any) -> tuple[_Secret, ...]:
+    """The secrets of a request as a session sent it, or of what it sends with each."""
+    pairs = (getattr(sent, "headers", None) or {}).items()
     headers = {name: value for name, value in pairs if isinstance(value, str)}
     binary = {name: value for name, value in pairs if isinstance(value, bytes)}
     headers.update((name, value.decode("latin-1")) for name, value in binary.items())
-    return _secrets_in(str(sent.url), headers)
+    return _secrets_in(str(getattr(sent, "url", "")), headers)
+
+
+def _proxy_secrets(session: requests.Session | None) -> set[_Secret]:
+    """The passwords of the proxies that the environment and a session name."""
+    proxies = [
+        *getproxies().values(),
+        *(getattr(session, "proxies", None) or {}).values(),
+    ]
+    urls = [proxy if "//" in proxy else "//" + proxy for proxy in map(str, proxies)]
+    return {secret for url in urls for secret in _secrets_in(url, {})}
 
 
 _END_WAIT = 5.0  # seconds for what follows a finish reason
@@ -5625,7 +5658,8 @@ class _Exchange(_Failures):
         self._request = request
         self._response: requests.Response | None = None
         self._is_doubted = False  # its backend fails, and a new one may not
-        self.secrets = request.secrets
+        known = {*request.secrets, *_proxy_secrets(session), *_secrets_sent(session)}
+        self.secrets: tuple[str, ...] = tuple(sorted(known, key=len, reverse=True))
         self.headers: Mapping[str, str] = {}
         self.status = 0
 
@@ -5643,7 +5677,7 @@ class _Exchange(_Failures):
         except StreamingError:
             raise
         except _REQUEST_ERRORS as error:
-            secrets = self._request.secrets
+            secrets = self.secrets
             if _is_unsendable(error):
                 message = _hidden(str(error), secrets)
                 _stripped(error, secrets)  # it stays as the context
@@ -5684,9 +5718,9 @@ class _Exchange(_Failures):
         try:
             return session.request(
                 request.method,
-                request.url,
+                str(request.url),
                 data=request.data,
-                headers=request.headers,
+                headers={name: str(value) for name, value in request.headers.items()},
                 stream=True,
                 timeout=self._deadlines.for_requests(_now()),
                 allow_redirects=False,
@@ -5700,10 +5734,9 @@ class _Exchange(_Failures):
 
     def _note_head(self, response: requests.Response, **settings: Any) -> None:
         pairs = response.headers.items()
-        secrets = {*self._request.secrets}  # some servers echo the request
-        if self._session is not None:
-            secrets.update(_secrets_sent(response))
-        self.secrets = tuple(sorted(secrets, key=len, reverse=True))
+        if self._session is not None:  # some servers echo the request
+            known = {*self.secrets, *_secrets_sent(response.request)}
+            self.secrets = tuple(sorted(known, key=len, reverse=True))
         self.headers = CaseInsensitiveDict(
             (_hidden(n, self.secrets), _hidden(v, self.secrets)) for n, v in pairs
         )
@@ -5733,7 +5766,8 @@ class _Exchange(_Failures):
         if self.status == 200:
             return
         headers = {name.lower(): value for name, value in self.headers.items()}
-        body = self._read_error_body().decode("utf-8", "replace")
+        # Hidden before it is parsed: a message, code or type has no secret then.
+        body = _hidden(self._read_error_body().decode("utf-8", "replace"), self.secrets)
         error = http_error(self.status, headers, body, time.time())
         if 300 <= self.status < 400:
             error.args = (
@@ -5824,6 +5858,12 @@ class _Exchange(_Failures):
         response.close()
 
 
+#: The packages that a request goes through.
+_BELOW = frozenset(
+    ["requests", "urllib3", "http", "ssl", "socket", "socks", "gevent", "eventlet"]
+)
+
+
 def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
     return request
 
@@ -5869,6 +5909,23 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         waiting += [error.__cause__, error.__context__, *inner]
 
 
+def _clear_frames(error: BaseException) -> None:
+    """Forget the local variables of the frames that the error has left.
+
+    A tracker of errors sends them, and they hold headers and what a server echoed.
+    The lines stay, and so do the variables of the caller's own functions.
+    """
+    for inner in _chain(error):
+        trace = inner.__traceback__
+        while trace is not None:
+            frame = trace.tb_frame
+            package = str(frame.f_globals.get("__name__")).partition(".")[0]
+            if frame.f_globals is globals() or package in _BELOW:
+                with contextlib.suppress(RuntimeError):  # it still runs
+                    frame.clear()
+            trace = trace.tb_next
+
+
 def _no_errno(error: BaseException) -> bool:
     """ETIMEDOUT of TCP keep-alive is a drop; a timeout of ours has no number."""
     return getattr(error, "errno", None) is None
@@ -5897,8 +5954,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _stripped(error: BaseException, secrets: Sequence[str]) -> BaseException:
-    """The error as a cause: without request and response, which hold the key."""
+    """The error as a cause: without request, response and frames, which hold the key."""
     for inner in list(_chain(error)):
+        inner.__traceback__ = None
         inner.args = tuple(_without_secrets(arg, secrets) for arg in inner.args)
         held = vars(inner)
         held.update({name: _without_secrets(held[name], secrets) for name in held})
@@ -6044,10 +6102,10 @@ class _Prompt(NamedTuple):
     def _post(self, url: str, body: dict[str, Any], action: str) -> _Request:
         data = jsonlib.dumps(body).encode("ascii")
         headers = {"Content-Type": "application/json"}
-        return _Request("POST", url, headers, data, action)
+        return _Request("POST", _Secret(url), headers, data, action)
 
     def _get(self, url: str, action: str) -> _Request:
-        return _Request("GET", url, {}, None, action)
+        return _Request("GET", _Secret(url), {}, None, action)
 
     def with_key(self, request: _Request) -> _Request:
         """The request as it is sent, with a key that is fresh."""
@@ -6056,9 +6114,9 @@ class _Prompt(NamedTuple):
         headers.update(request.headers)
         headers.update(self.dialect.headers())
         if key is not None:
-            headers.update(self.dialect.auth(key))
+            headers.update(_veiled(self.dialect.auth(key)))
         _merge_headers(headers, self.headers)
-        secrets = _secrets_in(request.url, headers)
+        secrets = _secrets_in(request.url, headers, key or "")
         return request._replace(headers=dict(headers), secrets=secrets)
 
 
@@ -6394,6 +6452,7 @@ class _Loop:
         if error is None or isinstance(error, GeneratorExit):
             self.leave()
             return
+        _clear_frames(error)
         # Of the caller's too: a key, an observer, Ctrl-C.  The stream is over then, and
         # must not look complete; but a reader that came on top of another one, and is
         # refused, has ended nothing.
@@ -6479,6 +6538,10 @@ class _Loop:
         if chunk:
             self.reporter.tell("chunk", f"{len(chunk)} bytes", chunk)
 
+    def _named(self, event: ServerSentEvent) -> ServerSentEvent:
+        """The event as its observers see it: its type is shown, its data is not."""
+        return event._replace(event=_one_line(_hidden(event.event, self._secrets)))
+
     @property
     def _secrets(self) -> tuple[str, ...]:
         return self._request.secrets if self._request else ()
@@ -6507,13 +6570,12 @@ class _Loop:
 
     def _redact(self, error: StreamingError) -> str:
         """Take out the secrets that a server has echoed; return the message."""
-        secrets = self._secrets
-        message = _hidden(str(error), secrets)
+        _clear_frames(error)
+        message = _one_line(_hidden(str(error), self._secrets))
         error.args = (message,)
-        for name in ("body", "code", "type"):
-            value = getattr(error, name, None)
-            if isinstance(value, str):
-                setattr(error, name, _hidden(value, secrets))
+        facts = vars(error)
+        for name in set(facts) - {"text", "result"}:  # the answer is what it is
+            facts[name] = _hidden_in(facts[name], self._secrets)
         return message
 
     def _wait(self, error: StreamingError, action: str, wait: float) -> None:
@@ -6555,6 +6617,7 @@ def _handed_out(loop: _Loop) -> Iterator[Any]:
                 yield item
                 if loop.closed and loop.check_closed():
                     return
+            item = None  # this frame is in the traceback of what follows
             # Texts and deltas may be read in turns: the other one may have gone on.
             if loop.items is items and not loop.pull():
                 return
@@ -6599,7 +6662,7 @@ class _Chat(_Loop):
 
     def result(self) -> ChatResult:
         """What was received so far."""
-        answer, text = self.answer, self.text
+        answer, text, usage = self.answer, self.text, self.answer.usage
         reason, raw = answer.finishes.get(0, (None, None))
         return ChatResult(
             text=text,
@@ -6609,10 +6672,10 @@ class _Chat(_Loop):
             choices={0: text, **answer.texts()},
             message=self.prompt.dialect.message(answer, text),
             finish_reason=reason,
-            raw_finish_reason=raw,
-            usage=answer.usage,
-            model=answer.model,
-            id=answer.id,
+            raw_finish_reason=_hidden_in(raw, self._secrets),
+            usage=usage and usage._replace(raw=_hidden_in(usage.raw, self._secrets)),
+            model=_hidden_in(answer.model, self._secrets),
+            id=_hidden_in(answer.id, self._secrets),
             headers=self.headers,
             history=tuple(self.ledger.history),
             seams=tuple(self.ledger.seams),
@@ -6702,6 +6765,7 @@ class _Chat(_Loop):
         tell = self.reporter.tell
 
         def on_event(event: ServerSentEvent) -> None:
+            event = self._named(event)
             why = f"{event.event} of {len(event.data)} characters"
             tell("event", why, event)
 
@@ -6969,6 +7033,7 @@ def _texts(chat: _Chat) -> Iterator[str]:
                 yield piece
                 if chat.closed and chat.check_closed():
                     return
+            piece = ""  # this frame is in the traceback of what follows
             if chat.items is items and not chat.pull():
                 return
 
@@ -7281,17 +7346,18 @@ def _snapshot(
 
 
 def _checked_key(key: Any) -> str:
+    key = _veiled(key)
     if not isinstance(key, str) or not key.strip():
         raise ValueError("api_key: needs a non-empty string, or a function giving one")
-    key = key.strip()  # keys read from files end in a line feed
+    key = _Secret(key.strip())  # keys read from files end in a line feed
     if not (key.isascii() and key.isprintable()):
         raise ValueError("api_key: has characters that cannot stand in a header")
-    return str(key)
+    return key
 
 
 def _checked_headers(headers: Mapping[str, Any] | None) -> dict[str, Any]:
     _check_mapping("headers", headers)
-    checked = dict(headers or {})
+    checked: dict[str, Any] = dict(headers or {})
     for name, value in checked.items():
         if not isinstance(name, str):
             raise TypeError(f"headers: a name is a string, not {name!r}")
@@ -7313,17 +7379,35 @@ def _origin(url: str) -> tuple[str, str, int]:
 def _checked_url(name: str, url: Any) -> str:
     if not isinstance(url, str):
         raise TypeError(f"{name}: needs a string, not {type(url).__name__}")
+    url = _Secret(url.strip())
+    fault = _fault_of(url)
+    if fault:
+        raise ValueError(f"{name}: {fault}")
+    return url
+
+
+def _fault_of(url: str) -> str:
+    """Why a URL is not used; "" if it is.
+
+    urlsplit decides whose address it is, and urllib3 connects: they must agree.
+    """
+    if "\\" in url or not url.isprintable() or " " in url:
+        return "has a backslash, a control character or white space in it"
     try:
-        scheme, host, _ = _origin(url.strip())
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    if scheme not in ("http", "https") or not host:
-        raise ValueError(
-            "{}: needs a whole URL such as https://host/v1, not one without {}".format(
-                name, "a host" if scheme in ("http", "https") else "http(s)://"
-            )
-        )
-    return url.strip()
+        scheme, host, port = _origin(url)
+        seen = parse_url(url)
+    except (ValueError, HTTPError):  # their texts quote the password
+        return "its host or port cannot be read"
+    if scheme not in ("http", "https"):
+        return "needs a whole URL such as https://host/v1, not one without http(s)://"
+    if not host:
+        return "needs a whole URL such as https://host/v1, not one without a host"
+    seen_host = str(seen.host).lower().strip("[]").partition("%")[0]
+    seen_port = seen.port or (443 if scheme == "https" else 80)
+    is_same = not host.isascii() or host.partition("%")[0] == seen_host
+    if str(seen.scheme).lower() != scheme or seen_port != port or not is_same:
+        return "can be read as the address of two different servers"
+    return ""
 
 
 def _environment(names: Iterable[str]) -> str | None:
@@ -7343,19 +7427,22 @@ def _address(
     if found is not None:
         found = dialect.named_url(found)
     url = base_url if base_url is not None else found or dialect.base_url
+    names = " or ".join(dialect.base_url_names)
     if url is None:
-        names = " or ".join(["base_url=", *dialect.base_url_names])
-        raise ValueError(f"dialect {dialect.name!r} needs {names}")
-    url = _checked_url("base_url", url)
+        ways = " or ".join(["base_url=", *dialect.base_url_names])
+        raise ValueError(f"dialect {dialect.name!r} needs {ways}")
+    url = _checked_url("base_url" if found is None else names, url)
     own = dialect.base_url is not None and _origin(url) == _origin(dialect.base_url)
     trusted = own or found is not None
     if api_key is not None and not callable(api_key):
         api_key = _checked_key(api_key)
     if api_key is not None or _has_auth(dialect, headers):
         return url, api_key
-    key = _environment(dialect.key_names) if trusted else None
+    key = _veiled(_environment(dialect.key_names)) if trusted else None
     own_is_remote = (dialect.base_url or "").startswith("https:")
-    needed = dialect.needs_key or (trusted and own_is_remote and url[:6] == "https:")
+    needed = dialect.needs_key or (
+        trusted and own_is_remote and _origin(url)[0] == "https"
+    )
     if key is None and needed and dialect.key_names:
         raise ValueError(
             "no key: pass api_key=..., or set {}{}".format(
@@ -7439,6 +7526,8 @@ def stream_chat(
     The loop raises a :exc:`StreamingError` if the answer cannot be completed, and an
     :exc:`OSError` if the journal cannot be read.
     """
+    api_key, base_url, headers = map(_veiled, (api_key, base_url, headers))
+    params = _veiled_arguments(params)
     _refuse_other_names(params)
     _check_messages(messages)
     _check_model(model)
@@ -7454,7 +7543,9 @@ def stream_chat(
     body = _snapshot({**known.body(messages, model, params), **(extra_body or {})})
     if resume == "reattach" and known.cursor_key:
         body.setdefault("background", True)
-    prompt = _Prompt(known, known.url(url, model), body, more, key, resume, model)
+    prompt = _Prompt(
+        known, _Secret(known.url(url, model)), body, more, key, resume, model
+    )
     recovery = _Recovery(prompt, retry or Retry(attempts=1))
     observers = _known_observers(observe)
     opener = _opener(session)
@@ -7490,6 +7581,7 @@ def complete_chat(
     :raises StreamLimitError: the answer is longer than ``Limits.text`` keeps.
     :raises StreamingError: the answer could not be completed.
     """
+    arguments = _veiled_arguments(arguments)
     return stream_chat(messages, model, **arguments).complete()
 
 
@@ -7591,7 +7683,7 @@ class _Feed(_Loop):
         kind = headers.get("Content-Type", "text/event-stream").partition(";")[0]
         if kind.strip().lower() != "text/event-stream":
             raise MalformedStreamError(
-                f"the server sent {kind[:80]!r}, not text/event-stream"
+                f"the server sent {_clipped(kind, 80)!r}, not text/event-stream"
             )
 
     def _receive(self, exchange: Any) -> Iterator[list[ServerSentEvent]]:
@@ -7630,6 +7722,7 @@ class _Feed(_Loop):
         self.ledger.note_first_token()
 
     def _tell_item(self, item: ServerSentEvent) -> None:
+        item = self._named(item)
         why = f"{item.event} of {len(item.data)} characters"
         self.reporter.tell("event", why, item)
 
@@ -7780,6 +7873,7 @@ def stream_events(
     :raises ValueError: an argument has no usable value, or a GET has a body.
     :raises StreamingError: (from the loop) the stream is lost for good.
     """
+    url, headers = _veiled(url), _veiled(headers)
     _check_type("timeouts", timeouts, Timeouts)
     _check_type("limits", limits, Limits)
     _check_options(retry, session)
@@ -8263,7 +8357,7 @@ def _error_kind(error: BaseException) -> str:
     facts = [getattr(error, name, None) for name in ("status", "kind", "limit")]
     words = [type(error).__name__] + [str(fact) for fact in facts if fact]
     if code and str(code) not in words:
-        words.append(str(code))
+        words.append(_one_line(str(code)))
     phase = getattr(error, "phase", "")
     return _clipped(" ".join(words) + (f" ({phase})" if phase else ""), 120)
 
@@ -8295,7 +8389,7 @@ def _monitor_text(report: dict[str, Any]) -> str:
     lines = [f"{label:>12}  {value}" for label, value in _monitor_facts(report)]
     for common in report["common_errors"]:
         lines.append(f"{'error':>12}  {common['count']} x {common['error']}")
-    return "\n".join(lines)
+    return _CONTROL.sub("\ufffd", "\n".join(lines))
 
 
 def _monitor_html(report: dict[str, Any]) -> str:
@@ -8509,7 +8603,7 @@ class StreamTrace(Observer):
         for entry in entries:
             lines.extend(_entry_lines(entry))
         lines += ["", "Chunks", *_chunk_lines(facts, waits)]
-        return "\n".join(lines) + "\n"
+        return _CONTROL.sub("\ufffd", "\n".join(lines)) + "\n"
 
     def __str__(self) -> str:
         return self.report()
@@ -8843,6 +8937,8 @@ def _error_facts(error: BaseException) -> dict[str, Any]:
     names = ("status", "code", "kind", "limit", "phase", "retryable")
     facts = ((name, getattr(error, name, None)) for name in names)
     known = {name: fact for name, fact in facts if fact is not None}
+    if isinstance(known.get("code"), str):
+        known["code"] = _clipped(_one_line(known["code"]), 100)
     return {"error": type(error).__name__, **known}
 
 
