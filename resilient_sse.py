@@ -7352,7 +7352,7 @@ def _checked_key(key: Any) -> str:
     key = _Secret(key.strip())  # keys read from files end in a line feed
     if not (key.isascii() and key.isprintable()):
         raise ValueError("api_key: has characters that cannot stand in a header")
-    return key
+    return cast(str, key)
 
 
 def _checked_headers(headers: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -7379,11 +7379,11 @@ def _origin(url: str) -> tuple[str, str, int]:
 def _checked_url(name: str, url: Any) -> str:
     if not isinstance(url, str):
         raise TypeError(f"{name}: needs a string, not {type(url).__name__}")
-    url = _Secret(url.strip())
-    fault = _fault_of(url)
+    stripped = _Secret(url.strip())
+    fault = _fault_of(stripped)
     if fault:
         raise ValueError(f"{name}: {fault}")
-    return url
+    return stripped
 
 
 def _fault_of(url: str) -> str:

@@ -10,6 +10,7 @@ what a network can break.
 from __future__ import annotations
 
 import ast
+import base64
 import builtins
 import contextlib
 import copy
@@ -54,7 +55,7 @@ from email.utils import formatdate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import pytest
 import requests
@@ -17196,3 +17197,482 @@ def test_the_version_names_the_file_by_its_digest(capsys):
     shown = capsys.readouterr().out
     assert rs.__version__ in shown
     assert digest in shown
+
+
+# ---------------------------------------------------------------------------
+# The outer edge: no secret leaves
+# ---------------------------------------------------------------------------
+# Public names only.  A key, a proxy's password, a header's and a query's value are
+# planted, the server echoes them, and they are searched in all that a caller, a file, a
+# log or an error tracker can get: whole, in part, and as encodings write them.  What a
+# model says is no leak: its text is delivered as it is, to the caller alone.
+
+CANARIES = {
+    "key": "sk-Zq7/Wm3+Rt9Xp2Lv8Kd5",
+    "proxy password": 'Yb6=Hn4"Gs1Jc0Tf3',
+    "header": "Ue8Qa5Vx 2Ow7Mi9Pk6",
+    "query": "Dl3~Bz9Nr5Cy1Fh7",
+}
+CANARY_LOGIN = quote("me", "") + ":" + quote(CANARIES["proxy password"], "")
+CANARY_BASIC = base64.b64encode(("me:" + CANARIES["proxy password"]).encode()).decode()
+CANARY_PARTS = {
+    text[n : n + 6]
+    for canary in [*CANARIES.values(), CANARY_BASIC]
+    for text in (canary, json.dumps(canary)[1:-1], quote(canary, ""))
+    for n in range(len(text) - 5)
+} - {CANARY_BASIC[:6], "sk-Zq7"}
+CANARY_ECHO = " ".join(
+    [*CANARIES.values(), *(quote(c, "") for c in CANARIES.values())]
+    + ["Bearer " + CANARIES["key"], "Basic " + CANARY_BASIC]
+)
+CANARY_DELTAS = {
+    "openai": {"choices": [{"index": 0, "delta": {"content": "TEXT"}}]},
+    "anthropic": {
+        "type": "content_block_delta",
+        "index": 0,
+        "delta": {"type": "text_delta", "text": "TEXT"},
+    },
+    "gemini": {"candidates": [{"content": {"parts": [{"text": "TEXT"}]}}]},
+    "ollama": {"message": {"content": "TEXT"}, "done": False},
+}
+
+
+def canary_event(dialect, document):
+    form = "%s\n" if dialect == "ollama" else "data: %s\n\n"
+    return (form % json.dumps(document)).encode()
+
+
+def canary_delta(dialect, text):
+    whole = json.dumps(CANARY_DELTAS[dialect])
+    return canary_event(dialect, json.loads(whole.replace('"TEXT"', json.dumps(text))))
+
+
+def canary_status(status, body, *, head=""):
+    head = f"HTTP/1.1 {status} {CANARIES['key']}\r\nX-Echo: {CANARY_ECHO}\r\n{head}"
+    return [(head + "Connection: close\r\n\r\n").encode() + body.encode()]
+
+
+def canary_stream(dialect, *pieces):
+    kind = "application/x-ndjson" if dialect == "ollama" else "text/event-stream"
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nX-Echo: {CANARY_ECHO}\r\n"
+    begin = canary_delta(dialect, "Hi")
+    return [(head + "Connection: close\r\n\r\n").encode() + begin, 0.02, *pieces]
+
+
+def canary_error(text):
+    fields = {"message": text, "type": text, "code": text, "request_id": text}
+    return {"error": {**fields, text: text}, "request_id": text, "message": text}
+
+
+def canary_ending(dialect):
+    text = CANARIES["key"]
+    document = {
+        "openai": {"choices": [{"index": 0, "delta": {}, "finish_reason": text}]},
+        "anthropic": {"type": "message_delta", "delta": {"stop_reason": text}},
+        "gemini": {"candidates": [{"finishReason": text}], "modelVersion": text},
+        "ollama": {"done": True, "done_reason": text, "model": text},
+    }[dialect]
+    end = canary_event(dialect, {**document, "id": text, "model": text})
+    return end + canary_event(dialect, {"type": "message_stop"})
+
+
+#: What the server does -> what it sends, by dialect; more arguments.
+CANARY_FAULTS = {
+    "401": (lambda d: canary_status(401, json.dumps(canary_error(CANARY_ECHO))), {}),
+    "407": (lambda d: canary_status(407, json.dumps(canary_error(CANARY_ECHO))), {}),
+    "503 as text": (lambda d: canary_status(503, CANARY_ECHO), {"attempts": 2}),
+    "a cut body": (
+        lambda d: canary_status(400, "x" * (65536 - 13) + CANARIES["key"]),
+        {},
+    ),
+    "a body that breaks off": (lambda d: canary_status(400, CANARIES["key"][:15]), {}),
+    "a cut message": (
+        lambda d: canary_status(400, json.dumps({"error": "y" * 488 + CANARY_ECHO})),
+        {},
+    ),
+    "a cut type in the stream": (
+        lambda d: canary_stream(
+            d,
+            canary_event(
+                d, {"type": "error", **canary_error("z" * 86 + CANARIES["key"])}
+            ),
+        ),
+        {},
+    ),
+    "an error in the stream": (
+        lambda d: canary_stream(
+            d, canary_event(d, {"type": "error", **canary_error(CANARY_ECHO)})
+        ),
+        {"attempts": 2},
+    ),
+    "a drop": (lambda d: canary_stream(d), {"attempts": 2}),
+    "a drop in a key": (
+        lambda d: canary_stream(d, canary_delta(d, "=" + CANARIES["key"])[:-20]),
+        {},
+    ),
+    "no answer": (lambda d: [1.0], {"timeouts": Timeouts(first_token=0.2)}),
+    "silence": (
+        lambda d: canary_stream(d, canary_event(d, {"x": CANARY_ECHO})[:-2], 1.0),
+        {"timeouts": Timeouts(read=0.2)},
+    ),
+    "broken data": (
+        lambda d: canary_stream(d, f'data: {{"content": "{CANARY_ECHO}\n\n'.encode()),
+        {},
+    ),
+    "no HTTP": (lambda d: [CANARY_ECHO.encode() + b"\r\n\r\n"], {}),
+    "HTML": (
+        lambda d: canary_status(200, "<p>" + "a" * 62 + CANARIES["key"]),
+        {},
+    ),
+    "JSON keys": (lambda d: canary_status(200, json.dumps({CANARY_ECHO: 1})), {}),
+    "a compression": (
+        lambda d: canary_status(
+            200, "", head=f"Content-Encoding: {'b' * 24}{CANARIES['key']}\r\n"
+        ),
+        {},
+    ),
+    "a limit": (
+        lambda d: canary_stream(d, b"data: " + b"q" * 3000 + CANARY_ECHO.encode()),
+        {"limits": rs.Limits(line=2000, event=2000)},
+    ),
+    "an event's name": (
+        lambda d: canary_stream(d, f"event: {CANARY_ECHO}\ndata: x\n\n".encode()),
+        {},
+    ),
+    "words of the answer": (lambda d: canary_stream(d, canary_ending(d)), {}),
+    "a text with the key": (
+        lambda d: canary_stream(
+            d,
+            canary_delta(d, " " + CANARIES["key"])[:-12],
+            0.02,
+            canary_delta(d, " " + CANARIES["key"])[-12:],
+            canary_ending(d),
+        ),
+        {},
+    ),
+}
+
+
+def leaks_in(shown):
+    """The canaries in a text or bytes, in part too."""
+    text = shown.decode("latin-1") if isinstance(shown, bytes) else shown
+    found = sorted(part for part in CANARY_PARTS if part in text)
+    return [(part, text[max(0, text.find(part) - 60) :][:120]) for part in found[:2]]
+
+
+def rendered(value, depth=6, seen=None):
+    """All that repr shows of a value, and of what it holds, and of our own objects."""
+    seen = set() if seen is None else seen
+    if depth == 0 or id(value) in seen:
+        return
+    seen.add(id(value))
+    with contextlib.suppress(Exception):
+        yield repr(value)
+    if isinstance(value, bytes):
+        yield value.decode("latin-1")
+    inner = []
+    if hasattr(value, "items") and hasattr(value, "values"):
+        inner = [item for pair in list(value.items()) for item in pair]
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        inner = list(value)
+    elif isinstance(value, types.FunctionType):
+        inner = [
+            c.cell_contents for c in value.__closure__ or () if c != types.CellType
+        ]
+    elif isinstance(value, functools.partial):
+        inner = [value.args, value.keywords]
+    elif type(value).__module__ == rs.__name__ and not isinstance(value, rs.Observer):
+        inner = [
+            held
+            for name, held in getattr(value, "__dict__", {}).items()
+            if name not in ("answer", "text", "result")  # the answer is what it is
+        ]
+    for held in inner:
+        yield from rendered(held, depth - 1, seen)
+
+
+def frames_of(error):
+    """(frame, variable, what it shows) in the tracebacks of an error and all behind it.
+
+    The frames of this file are the caller's own.
+    """
+    waiting, seen = [error], set()
+    while waiting:
+        error = waiting.pop()
+        if not isinstance(error, BaseException) or id(error) in seen:
+            continue
+        seen.add(id(error))
+        waiting += [error.__cause__, error.__context__, *error.args]
+        for frame, line in traceback.walk_tb(error.__traceback__):
+            if frame.f_code.co_filename == __file__:
+                continue
+            for name, value in list(frame.f_locals.items()):
+                for shown in rendered(value):
+                    yield f"{frame.f_code.co_name}:{line} {name}", shown
+
+
+def leaks_in_frames(error):
+    return [
+        (where, leaks_in(shown)) for where, shown in frames_of(error) if leaks_in(shown)
+    ]
+
+
+def leaks_of_error(error):
+    found = leaks_in_frames(error)
+    lines = traceback.format_exception(type(error), error, error.__traceback__)
+    shown = {"traceback": "".join(lines)}
+    if isinstance(error, rs.StreamingError):
+        error.text = ""
+        if error.result is not None:
+            error.result = said_nothing(error.result)
+        shown["pickle"] = pickle.dumps(error, 0)
+    waiting = [error]
+    while waiting:
+        inner = waiting.pop()
+        if inner is not None:
+            shown[f"{type(inner)} {id(inner)}"] = f"{inner} {inner!r} {vars(inner)!r}"
+            waiting += [inner.__cause__, inner.__context__]
+    return found + [
+        (name, leaks_in(text)) for name, text in shown.items() if leaks_in(text)
+    ]
+
+
+def said_nothing(result):
+    return result._replace(text="", choices={}, message=None, reasoning="")
+
+
+def canary_arguments(url, dialect, options):
+    options = dict(options)
+    attempts = options.pop("attempts", 1)
+    return {
+        "model": "m",
+        "dialect": dialect,
+        "base_url": f"{url}?sig={quote(CANARIES['query'], '')}",
+        "api_key": CANARIES["key"],
+        "headers": {"X-Gateway-Secret": CANARIES["header"]},
+        "retry": Retry(attempts=attempts, wait_initial=0),
+        **options,
+    }
+
+
+@pytest.mark.skipif(
+    not hasattr(rs, "StreamTrace"), reason="the optional part is cut off"
+)
+@pytest.mark.parametrize("dialect", CANARY_DELTAS)
+@pytest.mark.parametrize("fault", CANARY_FAULTS)
+def test_no_canary_leaves(fault, dialect, monkeypatch, tmp_path, caplog):
+    make, options = CANARY_FAULTS[fault]
+    caplog.set_level(logging.DEBUG, "resilient_sse")
+    records, errors = [], []
+    hooks = [name for name in vars(rs.Observer) if name.startswith("on_")]
+    observer = rs.Observer(**{name: records.append for name in hooks})
+    monitor, trace, journal = rs.StreamMonitor(), rs.StreamTrace(), tmp_path / "j"
+    steps = net_sends(*make(dialect))
+    with FlakyServer(script=[steps] * options.get("attempts", 1)) as server:
+        proxy = "http://" + CANARY_LOGIN + "@" + urlsplit(server.url).netloc
+        monkeypatch.setenv("http_proxy", proxy)
+        arguments = canary_arguments("http://llm.test/v1", dialect, options)
+        everyone = [observer, monitor, trace]
+        stream = stream_chat("Hi", **arguments, observe=everyone, journal=journal)
+        try:
+            text = "".join(stream)
+        except rs.StreamingError as error:
+            errors.append(error)
+            text = stream.text
+    if fault == "a text with the key":
+        assert text == "Hi " + CANARIES["key"]  # the caller has what the model said
+    trace.save(tmp_path / "trace")
+    trace.save_raw(tmp_path / "raw")
+    result = said_nothing(stream.result)
+    shown = {
+        "result": repr(result),
+        "result's pickle": pickle.dumps(result, 0),
+        "stream": repr(stream) + repr(stream.stats),
+        "monitor": json.dumps(monitor.report()) + str(monitor) + monitor._repr_html_(),
+        "prometheus": monitor.prometheus(),
+        "trace": trace.report(),
+        "logs": "\n".join(
+            log.getMessage() for log in caplog.records if log.name == "resilient_sse"
+        ),
+    }
+    for path in tmp_path.iterdir():
+        shown[f"file {path.name}"] = path.read_bytes()
+    for record in records:
+        if record.what not in (
+            "token",
+            "event",
+            "complete",
+            "error",
+        ):  # the text itself
+            shown[f"record {record.what} {len(shown)}"] = f"{record} {record!r}"
+        elif record.what != "token":
+            shown[f"record {record.what} {len(shown)}"] = str(record)
+    leaks = [(name, leaks_in(text)) for name, text in shown.items() if leaks_in(text)]
+    for error in errors:
+        leaks += leaks_of_error(error)
+    assert leaks == []
+
+
+@pytest.mark.parametrize("fault", ["401", "an error in the stream", "no HTTP"])
+def test_what_an_observer_raises_passes_frames_without_a_canary(fault, monkeypatch):
+    steps = net_sends(*CANARY_FAULTS[fault][0]("openai"))
+
+    def fail(record):
+        raise KeyError("the observer's own")
+
+    for hook in ("on_request", "on_chunk", "on_event", "on_token", "on_error"):
+        with FlakyServer(script=[steps]) as server:
+            proxy = "http://" + CANARY_LOGIN + "@" + urlsplit(server.url).netloc
+            monkeypatch.setenv("http_proxy", proxy)
+            arguments = canary_arguments("http://llm.test/v1", "openai", {})
+            observer = rs.Observer(**{hook: fail})
+            with (
+                contextlib.suppress(rs.StreamingError),
+                pytest.raises(KeyError) as caught,
+            ):
+                list(stream_chat("Hi", **arguments, observe=observer))
+                raise rs.StreamingError  # the hook was not called
+            if caught._excinfo is not None:
+                assert leaks_in_frames(caught.value) == []
+
+
+def test_an_interrupt_amid_a_send_shows_no_canary(monkeypatch):
+    def interrupt(self, data, *flags):
+        raise KeyboardInterrupt
+
+    with FlakyServer() as server:
+        arguments = canary_arguments(server.url + "/v1", "openai", {})
+        monkeypatch.setattr(http.client.HTTPConnection, "send", interrupt)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            list(stream_chat("Hi", **arguments))
+    names = {frame.f_code.co_name for frame, _ in traceback.walk_tb(caught.tb)}
+    assert "_send_output" in names  # the lines stay; its variables have the headers
+    assert leaks_in_frames(caught.value) == []
+
+
+CANARY_MISUSES = {
+    "another client's name": {"key": CANARIES["key"]},
+    "a URL without a scheme": {"base_url": "me:" + CANARIES["key"] + "@host/v1"},
+    "a port": {"base_url": f"http://me:{CANARIES['key']}@host:abc/v1"},
+    "an unusual host": {"base_url": f"http://me:{quote(CANARIES['key'], '')}@h℀st/v1"},
+    "a key that is not ASCII": {"api_key": CANARIES["key"] + "é"},
+    "a header with a line break": {"headers": {"X-Secret": CANARIES["key"] + "\n"}},
+    "a bad option": {"timeouts": 3},
+    "no such dialect": {"dialect": "x"},
+}
+
+
+@pytest.mark.parametrize("ask", [stream_chat, rs.complete_chat])
+@pytest.mark.parametrize("case", CANARY_MISUSES)
+def test_a_refused_argument_shows_no_canary(case, ask):
+    arguments = canary_arguments("http://llm.test/v1", "openai", CANARY_MISUSES[case])
+    with pytest.raises((TypeError, ValueError)) as caught:
+        ask("Hi", **arguments)
+    assert leaks_of_error(caught.value) == []
+
+
+# -- one search for secrets
+
+EVIL_URLS = [
+    "https://evil.example\\@api.openai.com/v1",
+    "https://api.openai.com\\.evil.example/v1",
+    "https://api.openai.com/v1\x00",
+    "https://api.openai.com\t.evil.example/v1",
+    "https://api.openai.com /v1",
+    "https://api.openai.com\u00a0/v1",
+    "https://api.openai.com\u200b/v1",
+    "https://api.openai.com:99999/v1",
+]
+
+
+@pytest.mark.parametrize("url", EVIL_URLS)
+def test_a_url_that_leads_who_knows_where_is_refused_by_name(url, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "environment-key")
+    with pytest.raises(ValueError, match="base_url: "):
+        stream_chat("Hi", "m", base_url=url)
+    with pytest.raises(ValueError, match="url: "):
+        rs.stream_events(url)
+    monkeypatch.setenv("OPENAI_BASE_URL", url.replace("\x00", "\x01"))
+    with pytest.raises(ValueError, match="OPENAI_BASE_URL: "):
+        stream_chat("Hi", "m")
+
+
+@pytest.mark.parametrize(
+    ("url", "is_sent"),
+    [
+        ("HTTPS://API.OPENAI.COM/v1", True),
+        ("https://api.openai.com:443/v1", True),
+        ("https://api.openai.com:/v1", True),
+        ("https://me@api.openai.com/v1", True),
+        ("https://api.openai.com./v1", False),
+        ("https://api.openai.com@evil.example/v1", False),
+        ("https://evil.example#@api.openai.com/v1", False),
+        ("https://evil.example?@api.openai.com/v1", False),
+        ("https://api.openai。com/v1", False),
+        ("https://api.openai.com:8443/v1", False),
+        ("http://api.openai.com/v1", False),
+    ],
+)
+def test_the_environments_key_goes_to_the_providers_own_origin_alone(
+    url, is_sent, monkeypatch
+):
+    monkeypatch.setenv("OPENAI_API_KEY", "environment-key")
+    sent = []
+
+    def send(session, request, **settings):
+        sent.append(request.headers.get("Authorization"))
+        raise requests.ConnectionError
+
+    monkeypatch.setattr(requests.Session, "send", send)
+    with pytest.raises((rs.StreamConnectionError, ValueError)):
+        list(stream_chat("Hi", "m", base_url=url, retry=None))
+    assert sent.count("Bearer environment-key") == is_sent
+
+
+@pytest.mark.parametrize(
+    ("dialect", "base_url", "path"),
+    [
+        ("anthropic", "https://h/v1", "/v1/messages"),
+        ("anthropic", "https://h/p/v1/", "/p/v1/messages"),
+        ("anthropic", "https://h/v1/messages", "/v1/messages"),
+        ("anthropic", "https://h/my-v1", "/my-v1/v1/messages"),
+        ("cohere", "https://h/v2", "/v2/chat"),
+        ("ollama", "https://h/api", "/api/chat"),
+        ("ollama-generate", "https://h/api/", "/api/generate"),
+        ("openai", "https://h/v1/chat/completions", "/v1/chat/completions"),
+        ("openai", "https://h/chat", "/chat/chat/completions"),
+        ("openai-responses", "https://h/v1/responses", "/v1/responses"),
+        ("gemini", "https://h", "/v1beta/models/m:streamGenerateContent"),
+        ("gemini", "https://h/v1beta", "/v1beta/models/m:streamGenerateContent"),
+        ("gemini", "https://h/gemini", "/gemini/v1beta/models/m:streamGenerateContent"),
+        ("gemini", "https://h/g/v1/", "/g/v1/models/m:streamGenerateContent"),
+        (
+            "gemini",
+            "https://h/v1/projects/p/locations/l/publishers/google",
+            "/v1/projects/p/locations/l/publishers/google/models/m:streamGenerateContent",
+        ),
+    ],
+)
+def test_a_base_url_that_repeats_what_is_appended_is_understood(
+    dialect, base_url, path
+):
+    url = rs.DIALECTS[dialect].url(base_url, "m")
+    assert urlsplit(url).path == path
+
+
+def test_what_a_server_sends_reaches_a_terminal_without_its_control_characters():
+    if not hasattr(rs, "StreamTrace"):
+        pytest.skip("the optional part is cut off")
+    evil = "\x1b]0;owned\x07\x1b[2J\u202egpj.exe\x9b31m\r\nforged: line"
+    body = json.dumps({"error": {"message": evil, "code": evil, "type": evil}})
+    head = "HTTP/1.1 400 No\r\nX-Evil: a\x1b[2Jb\r\nConnection: close\r\n\r\n"
+    monitor, trace, records = rs.StreamMonitor(), rs.StreamTrace(), []
+    observer = rs.Observer(on_error=records.append, on_response=records.append)
+    script = [net_sends(head.encode() + body.encode())]
+    with FlakyServer(script=script) as server, pytest.raises(rs.APIError) as caught:
+        list(net_chat(server, observe=[monitor, trace, observer]))
+    texts = [str(caught.value), trace.report(), str(monitor), *map(str, records)]
+    texts += [str(records[0].data)]
+    for text in texts:
+        assert not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text), text
+        assert "\nforged" not in text
