@@ -657,7 +657,7 @@ class Observer:
     on_start     dict: ``model dialect url`` (the URL without its query)
     on_request   dict: ``method url action headers body_bytes`` (secrets masked)
     on_response  dict: ``status headers``
-    on_chunk     bytes of the body, decompressed
+    on_chunk     bytes of the body, decompressed; a secret in it is as many stars
     on_event     :class:`ServerSentEvent`
     on_token     :class:`Delta`; the record's ``str()`` is its text
     on_retry     dict: ``error wait action``, before the wait
@@ -6571,6 +6571,7 @@ class _Loop:
     def _redact(self, error: StreamingError) -> str:
         """Take out the secrets that a server has echoed; return the message."""
         _clear_frames(error)
+        error.__traceback__ = None  # it begins anew where it is raised for good
         message = _one_line(_hidden(str(error), self._secrets))
         error.args = (message,)
         facts = vars(error)

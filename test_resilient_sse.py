@@ -17513,6 +17513,111 @@ def test_no_canary_leaves(fault, dialect, monkeypatch, tmp_path, caplog):
     assert leaks == []
 
 
+def test_no_canary_leaves_an_abort(monkeypatch):
+    steps = net_sends(*canary_stream("openai", CANARY_ECHO.encode(), 5.0))
+    with FlakyServer(script=[steps]) as server:
+        proxy = "http://" + CANARY_LOGIN + "@" + urlsplit(server.url).netloc
+        monkeypatch.setenv("http_proxy", proxy)
+        arguments = canary_arguments("http://llm.test/v1", "openai", {})
+        stream = stream_chat("Hi", **arguments)
+        next(stream)
+        threading.Timer(0.1, stream.close).start()
+        with pytest.raises(rs.StreamAbortedError) as caught:
+            list(stream)
+    assert leaks_of_error(caught.value) == []
+
+
+def test_no_canary_leaves_a_replay_that_differs(monkeypatch):
+    texts = [canary_stream("openai"), canary_stream("openai")]
+    texts[1][0] = texts[1][0].replace(b"Hi", b"Ho")
+    with FlakyServer(script=[net_sends(*steps) for steps in texts]) as server:
+        proxy = "http://" + CANARY_LOGIN + "@" + urlsplit(server.url).netloc
+        monkeypatch.setenv("http_proxy", proxy)
+        options = {"attempts": 2, "resume": "replay"}
+        arguments = canary_arguments("http://llm.test/v1", "openai", options)
+        with pytest.raises(rs.ResumeMismatchError) as caught:
+            list(stream_chat("Hi", **arguments))
+    assert leaks_of_error(caught.value) == []
+
+
+@pytest.mark.parametrize(
+    "fault", ["401", "407", "no HTTP", "an event's name", "a drop"]
+)
+def test_no_canary_leaves_a_feed_on_a_session_of_the_callers_own(fault):
+    session = requests.Session()
+    session.headers["X-Gateway-Secret"] = CANARIES["header"]
+    session.trust_env = False
+    records = []
+    observer = rs.Observer(on_event=lambda record: records.append(str(record)))
+    steps = net_sends(*CANARY_FAULTS[fault][0]("openai"))
+    with FlakyServer(script=[steps]) as server:
+        proxy = "http://" + CANARY_LOGIN + "@" + urlsplit(server.url).netloc
+        session.proxies = {"http": proxy}
+        stream = rs.stream_events(
+            f"http://llm.test/v1?sig={quote(CANARIES['query'], '')}",
+            headers={"Authorization": "Bearer " + CANARIES["key"]},
+            session=session,
+            retry=None,
+            observe=observer,
+        )
+        errors = []
+        try:
+            list(stream)
+        except rs.StreamingError as error:
+            errors.append(error)
+    assert [leaks_of_error(error) for error in errors] == [[]] * len(errors)
+    assert leaks_in("".join(records)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "is_secret"),
+    [
+        *((name, True) for name in ("Authorization", "X-Api-Key", "api-key", "Cookie")),
+        *((name, True) for name in ("sig", "code", "X-Amz-Signature", "X-Pass", "pwd")),
+        *((name, True) for name in ("X-Amz-Credential", "access_token", "jwt", "sid")),
+        *(
+            (name, False)
+            for name in ("status_code", "design", "x-compass", "max_tokens")
+        ),
+        *((name, False) for name in ("x-ratelimit-remaining-tokens", "X-Request-Id")),
+        *(
+            (name, False)
+            for name in ("anthropic-ratelimit-key-limit", "encoded", "side")
+        ),
+    ],
+)
+def test_a_secret_is_known_by_the_name_of_its_header(name, is_secret):
+    seen = []
+    with FlakyServer(script=["ok"]) as server:
+        observer = rs.Observer(on_request=seen.append)
+        list(net_chat(server, headers={name: "value-1234"}, observe=observer))
+    assert (seen[0].data["headers"][name] == "***") == is_secret
+
+
+@given(data=st.data(), middle=st.sampled_from(["", " ", "sk-", "\\", "%2"]))
+def test_a_secret_in_bytes_is_masked_wherever_reads_cut_it(data, middle):
+    key = CANARIES["proxy password"]
+    forms = [key, json.dumps(key)[1:-1], quote(key, ""), json.dumps(json.dumps(key))]
+    whole = middle.join(["data: ", *data.draw(st.permutations(forms)), "\n\n"]).encode()
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)))))
+    kept, rest = b"", b""
+    for start, end in zip([0, *cuts], [*cuts, len(whole)]):
+        seen, rest = rs._masked(rest + whole[start:end], [key])
+        kept += seen
+    kept += rs._masked_rest(rest)
+    assert len(kept) == len(whole)
+    assert leaks_in(kept) == []
+    assert kept == rs._masked(whole, [key])[0]
+
+
+@given(st.text(max_size=60), st.integers(4, 23), st.sampled_from(["", "...", "...)."]))
+def test_a_text_loses_a_secret_that_was_cut_and_nothing_else(text, length, dots):
+    key = CANARIES["key"]
+    assert rs._hidden(text, [key]) == text
+    assert rs._hidden(text + key + text, [key]) == f"{text}***{text}"
+    assert rs._hidden(text + key[:length] + dots, [key]) == f"{text}***{dots}"
+
+
 @pytest.mark.parametrize("fault", ["401", "an error in the stream", "no HTTP"])
 def test_what_an_observer_raises_passes_frames_without_a_canary(fault, monkeypatch):
     steps = net_sends(*CANARY_FAULTS[fault][0]("openai"))
