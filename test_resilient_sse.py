@@ -17376,9 +17376,9 @@ def rendered(value, depth=6, seen=None):
     elif isinstance(value, (list, tuple, set, frozenset)):
         inner = list(value)
     elif isinstance(value, types.FunctionType):
-        inner = [
-            c.cell_contents for c in value.__closure__ or () if c != types.CellType
-        ]
+        for cell in value.__closure__ or ():
+            with contextlib.suppress(ValueError):  # it is empty
+                inner.append(cell.cell_contents)
     elif isinstance(value, functools.partial):
         inner = [value.args, value.keywords]
     elif type(value).__module__ == rs.__name__ and not isinstance(value, rs.Observer):
