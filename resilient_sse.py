@@ -4716,6 +4716,14 @@ _NEVER = math.inf
 _LONGEST = 86400.0  # locks and sockets refuse to wait for ages; a day will do
 
 
+def _let_go(close: Callable[[], object]) -> None:
+    """Close, whatever the system says: an error there takes nothing back."""
+    try:
+        close()
+    except OSError as error:
+        logger.debug("closing failed: %s", error)
+
+
 class _Guard:
     """The right to end one request from another thread, until it is over."""
 
@@ -4740,7 +4748,7 @@ class _Guard:
         duplicate = socket.fromfd(fileno, socket.AF_INET, socket.SOCK_STREAM)
         with self._lock:
             if self._socket is not None:
-                self._socket.close()
+                _let_go(self._socket.close)
             self._socket = duplicate
             if self.verdict or self.is_over:
                 self._shut_down()
@@ -4781,7 +4789,7 @@ class _Guard:
             self.due = _NEVER
             self.on_phase = None  # the watchdog may hold the guard for long
             if self._socket is not None:
-                self._socket.close()
+                _let_go(self._socket.close)
                 self._socket = None
 
     def _shut_down(self) -> None:
@@ -5852,10 +5860,10 @@ class _Exchange(_Failures):
         if body is not None and body.is_clean and is_good:
             source = getattr(response.raw, "_fp", None)
             if isinstance(source, http.client.HTTPResponse):
-                source.close()
+                _let_go(source.close)
             if hasattr(response.raw, "release_conn"):
-                response.raw.release_conn()
-        response.close()
+                _let_go(response.raw.release_conn)
+        _let_go(response.close)
 
 
 #: The packages that a request goes through.

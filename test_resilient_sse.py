@@ -15,6 +15,7 @@ import builtins
 import contextlib
 import copy
 import email.utils
+import errno
 import functools
 import gc
 import hashlib
@@ -53,7 +54,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from email.utils import formatdate
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
@@ -10742,6 +10743,21 @@ def test_the_key_is_shown_nowhere(case, place, caplog):
     assert [text for text in shown if NET_KEY in text] == []
 
 
+def test_a_connection_that_cannot_be_closed_costs_no_text(monkeypatch):
+    def close(sock):
+        real(sock)
+        if threading.current_thread() is client:
+            raise OSError(errno.EIO, "Input/output error")
+
+    client = threading.current_thread()
+    with FlakyServer("Hello", ["drop-event:1"], pieces=1) as server:
+        real = socket.socket.close
+        monkeypatch.setattr(socket.socket, "close", close)
+        text = "".join(net_chat(server, seed=1, retry=Retry(wait_initial=0)))
+        monkeypatch.undo()
+    assert text == "Hello"
+
+
 # ---------------------------------------------------------------------------
 # 11. Chat streams: stream_chat, complete_chat, ChatStream
 # ---------------------------------------------------------------------------
@@ -15660,6 +15676,21 @@ def test_the_command_line_takes_a_journal(
         assert "journal=" in capsys.readouterr().err
 
 
+def test_a_journal_that_cannot_be_closed_costs_no_text(
+    journal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Database(sqlite3.Connection):
+        def close(self) -> None:
+            super().close()
+            raise sqlite3.OperationalError("unable to close")
+
+    opened = functools.partial(sqlite3.connect, factory=Database)
+    monkeypatch.setattr(sqlite3, "connect", opened)
+    with FlakyServer("Hello") as server:
+        url = server.url + "/v1"
+        assert "".join(stream_chat("Hi", "m", base_url=url, journal=journal)) == "Hello"
+
+
 # ---------------------------------------------------------------------------
 # 17. Command line
 # ---------------------------------------------------------------------------
@@ -17200,7 +17231,7 @@ def test_the_version_names_the_file_by_its_digest(capsys):
 
 
 # ---------------------------------------------------------------------------
-# The outer edge: no secret leaves
+# 23. The outer edge: no secret leaves
 # ---------------------------------------------------------------------------
 # Public names only.  A key, a proxy's password, a header's and a query's value are
 # planted, the server echoes them, and they are searched in all that a caller, a file, a
@@ -17789,3 +17820,538 @@ def test_what_a_server_sends_reaches_a_terminal_without_its_control_characters()
     for text in texts:
         assert not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text), text
         assert "\nforged" not in text
+
+
+# ---------------------------------------------------------------------------
+# 24. Torture: the k-th call fails
+# ---------------------------------------------------------------------------
+# As curl tests itself: a shim counts the calls that a whole stream makes of socket,
+# ssl, sqlite3, os and threading; then the stream is run again for each of them, and
+# for each error that it can have.  Nothing is known of how the module is built.  In
+# full some 3,800 calls are failed; without ``slow`` it is a sample of them.
+
+TORTURE_TEXT = "Es war einmal ein Bach, né 🐸, der bis zum Meer lief. Ende."
+TORTURE_PATIENT = (20, 20, 20, 20, 40)
+TORTURE_SHORT = (0.15, 0.15, 0.15, 0.15, 2)  # where a call hangs
+TORTURE_SECONDS = 5  # for a point: more means that it sat out a patient timeout
+TORTURE_RETRY = {"attempts": 5, "wait_initial": 0.001, "wait_max": 0.001}
+TORTURE_PASSES = {"KeyboardInterrupt", "MemoryError"}  # as they are, through all of it
+TORTURE_LEAST = 100  # points of each scenario
+TORTURE_STRIDE = 37  # one in so many points makes the sample
+
+
+TORTURE_SHUTDOWN = socket.socket.shutdown  # not that of TLS, nor of the shim
+
+
+class TortureFault(NamedTuple):
+    """One way to fail: ``act(real, *arguments)`` takes the place of the call."""
+
+    name: str
+    act: Any
+    is_lasting: bool = False  # all later calls of that name fail too
+
+
+#: Calls that fail when their work is done: nothing stays open.
+TORTURE_DONE = {"close", "fetchone", "fetchall", "__next__"}
+#: Behind these nothing comes any more: who goes on to read the answer finds the end.
+TORTURE_DEAD = {errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT, errno.EHOSTUNREACH}
+
+
+def torture_raise(kind: type[BaseException], *arguments: Any) -> TortureFault:
+    def act(real: Any, *given: Any, **_: Any) -> None:
+        if real.__name__ in TORTURE_DONE:
+            with contextlib.suppress(StopIteration):
+                real(*given)
+        elif arguments and arguments[0] in TORTURE_DEAD:
+            torture_kill(given[0])
+        raise kind(*arguments)
+
+    return TortureFault(" ".join(map(str, (kind.__name__, *arguments[-1:]))), act)
+
+
+def torture_kill(sock: Any) -> None:
+    with contextlib.suppress(OSError):  # it is not connected yet
+        TORTURE_SHUTDOWN(sock, socket.SHUT_RDWR)
+
+
+def torture_errno(names: str) -> list[TortureFault]:
+    codes = [getattr(errno, name) for name in names.split()]
+    return [torture_raise(OSError, code, os.strerror(code)) for code in codes]
+
+
+def torture_hang(real: Any, sock: Any, *arguments: Any) -> Any:
+    """Bring nothing until the socket's timeout passes or somebody shuts it down."""
+    started, timeout, poll = time.monotonic(), sock.gettimeout(), select.poll()
+    is_connecting = real.__name__ == "connect"
+    poll.register(sock.fileno(), 0)
+    while time.monotonic() < started + TORTURE_SECONDS:
+        if timeout is not None and time.monotonic() >= started + timeout:
+            raise flaky_server.TIMED_OUT("timed out")
+        if is_connecting:  # else it would seem to be shut down
+            time.sleep(0.005)
+        elif poll.poll(5):
+            return real(sock, *arguments)
+    raise AssertionError("a call that hangs was never ended")
+
+
+def torture_first_byte(real: Any, sock: Any, data: Any, *arguments: Any) -> Any:
+    """The shortest read or write; a ``sendall`` then fails, since it may not be short."""
+    if real.__name__ == "recv":
+        return real(sock, 1)
+    done = real(sock, memoryview(data)[:1])
+    if real.__name__ == "sendall":
+        torture_kill(sock)
+        raise OSError(errno.EPIPE, "after one byte")
+    return done
+
+
+def torture_end(real: Any, *_: Any) -> Any:
+    return b"" if real.__name__ == "recv" else 0
+
+
+def torture_faults() -> dict[str, list[TortureFault]]:
+    """The name of a call -> how it can fail."""
+    timeout = torture_raise(flaky_server.TIMED_OUT, "timed out")
+    hang = [TortureFault("hangs", torture_hang)] * hasattr(select, "poll")
+    short = TortureFault("one byte", torture_first_byte)
+    end = TortureFault("end", torture_end)
+    cut = torture_errno("ECONNRESET ETIMEDOUT EHOSTUNREACH EINTR")
+    tls = [
+        torture_raise(ssl.SSLError, 1, "[SSL: DECRYPTION_FAILED_OR_BAD_RECORD_MAC]"),
+        torture_raise(ssl.SSLEOFError, 8, "EOF occurred in violation of protocol"),
+        torture_raise(ssl.SSLZeroReturnError, 6, "TLS/SSL connection has been closed"),
+        torture_raise(ssl.SSLSyscallError, 5, "Some I/O error occurred"),
+    ]
+    receive = [*cut, timeout, end, short, short._replace(is_lasting=True), *hang]
+    send = [*torture_errno("EPIPE"), *cut, timeout, short, *hang]
+    certificate = torture_raise(ssl.SSLCertVerificationError, 1, "certificate expired")
+    refused = "ECONNREFUSED ETIMEDOUT EHOSTUNREACH ENETUNREACH EADDRNOTAVAIL EINTR"
+    again = torture_raise(socket.gaierror, socket.EAI_AGAIN, "try again")
+    unknown = torture_raise(socket.gaierror, socket.EAI_NONAME, "not known")
+    damaged = torture_raise(sqlite3.DatabaseError, "database disk image is malformed")
+    locked, broken, full, unopened, unclosed = (
+        torture_raise(sqlite3.OperationalError, message)
+        for message in (
+            "database is locked",
+            "disk I/O error",
+            "database or disk is full",
+            "unable to open database file",
+            "unable to close due to unfinalized statements",
+        )
+    )
+    groups = {
+        "getaddrinfo": [again, unknown],
+        "socket": torture_errno("EMFILE ENFILE ENOBUFS"),
+        "fromfd, dup": torture_errno("EMFILE"),
+        "setsockopt": torture_errno("EINVAL"),
+        "settimeout": torture_errno("EBADF"),
+        "makefile": [],
+        "connect": [*torture_errno(refused), timeout, *hang],
+        "send, sendall": send,
+        "tls send, tls sendall": [*send, *tls],
+        "recv, recv_into": receive,
+        "tls recv, tls recv_into": [*receive, *tls],
+        "shutdown": torture_errno("ENOTCONN"),
+        "close": torture_errno("EIO"),
+        "wrap_socket": tls[:1],
+        "do_handshake": [*cut, *tls, certificate, timeout, *hang],
+        "sqlite3 connect": [unopened],
+        "sqlite3 execute, sqlite3 executescript, sqlite3 commit, sqlite3 fetchone, "
+        "sqlite3 fetchall, sqlite3 __next__": [locked, broken, full, damaged],
+        "sqlite3 close": [unclosed],
+        "start": [torture_raise(RuntimeError, "can't start new thread")],
+        "open, chmod, fchmod, fsync": torture_errno("EACCES ENOSPC EIO EMFILE"),
+    }
+    passing = [torture_raise(KeyboardInterrupt), torture_raise(MemoryError)]
+    faults = {"wait": passing[:1], "sleep": passing[:1]}
+    for names, known in groups.items():
+        lasting = [fault._replace(is_lasting=True) for fault in known[:1]]
+        faults.update((n, [*known, *lasting, *passing]) for n in names.split(", "))
+    return faults
+
+
+TORTURE_FAULTS = torture_faults()
+TORTURE_FATAL = {"hangs", "SSLCertVerificationError certificate expired"}
+TORTURE_NOTHING = TortureFault("nothing", None)
+TORTURE_ALONE = {"Connection": "close"}
+
+
+class TortureShim:
+    """Counts the calls that the client makes while it is armed, and fails one of them.
+
+    The client is the thread that arms it, and what this starts; servers are not.
+
+    :param name: which call fails.
+    :param number: which one of that name, counted from 1.
+    :param fault: how it fails.
+    """
+
+    def __init__(self, name: str, number: int, fault: TortureFault) -> None:
+        self.name, self.number, self.fault = name, number, fault
+        self.calls: list[str] = []
+        self.has_failed = False
+        self.unraisable: list[str] = []
+        self.databases: list[weakref.ref[Any]] = []
+        self._caller = threading.current_thread()
+        self._inner = threading.local()
+        self._patch = pytest.MonkeyPatch()
+
+    def __enter__(self) -> TortureShim:  # noqa: PYI034  (Self needs Python 3.11)
+        names = "connect setsockopt settimeout makefile send sendall recv recv_into"
+        self._wrap(socket.socket, *f"{names} shutdown close dup".split())
+        names = "connect send sendall recv recv_into do_handshake shutdown"
+        self._wrap(ssl.SSLSocket, *names.split())
+        self._wrap(ssl.SSLContext, "wrap_socket")
+        self._wrap(socket, "getaddrinfo", "fromfd")
+        self._wrap(threading.Thread, "start")
+        self._wrap(threading.Condition, "wait")
+        self._wrap(time, "sleep")
+        self._wrap(os, "open", "chmod", "fchmod", "fsync")
+        self._patch.setattr(socket.socket, "__init__", self._socket_made())
+        self._patch.setattr(sqlite3, "connect", self._connect_made())
+        hooks = {"unraisablehook": sys, "excepthook": threading}  # both from 3.8 on
+        for name, module in hooks.items():
+            self._patch.setattr(module, name, self._note, raising=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.undo()
+
+    def _note(self, unraisable: Any) -> None:
+        self.unraisable.append(unraisable.exc_type.__name__)
+
+    def _wrap(self, owner: Any, *names: str) -> None:
+        for name in filter(lambda name: hasattr(owner, name), names):
+            label = f"tls {name}" if owner is ssl.SSLSocket else name
+            wrapped = self._wrapped(label, getattr(owner, name))
+            self._patch.setattr(owner, name, wrapped)
+
+    def _wrapped(self, label: str, real: Any) -> Any:
+        label = label if label in TORTURE_FAULTS else label.split()[-1]
+
+        @functools.wraps(real)
+        def call(*arguments: Any, **named: Any) -> Any:
+            return self._call(label, real, *arguments, **named)
+
+        return call
+
+    def _socket_made(self) -> Any:
+        real = socket.socket.__init__
+
+        def make(sock: Any, *arguments: Any, **named: Any) -> None:
+            is_new = named.get("fileno") is None and len(arguments) < 4
+            call = functools.partial(self._call, "socket") if is_new else self._do
+            call(real, sock, *arguments, **named)
+
+        return make
+
+    def _connect_made(self) -> Any:
+        def methods(base: Any, names: str) -> dict[str, Any]:
+            found = [name for name in names.split() if hasattr(base, name)]
+            return {n: self._wrapped(f"sqlite3 {n}", getattr(base, n)) for n in found}
+
+        names = "execute fetchone fetchall __next__"
+        cursor = type("Cursor", (sqlite3.Cursor,), methods(sqlite3.Cursor, names))
+        names = "executescript commit close"
+        base = sqlite3.Connection
+        inner = {
+            "cursor": lambda database: base.cursor(database, cursor),
+            "execute": lambda database, *given: database.cursor().execute(*given),
+        }
+        database = type("Database", (base,), {**methods(base, names), **inner})
+        real = self._wrapped("sqlite3 connect", sqlite3.connect)
+
+        def connect(*arguments: Any, **named: Any) -> Any:
+            made = real(*arguments, factory=database, **named)
+            self.databases.append(weakref.ref(made))
+            return made
+
+        return connect
+
+    def _call(self, name: str, real: Any, *arguments: Any, **named: Any) -> Any:
+        thread = threading.current_thread()
+        is_ours = thread is self._caller or hasattr(thread, "tortured")
+        if not is_ours or self._is_inner(name):
+            return self._do(real, *arguments, **named)
+        if name == "start":
+            arguments[0].tortured = True
+        if self._is_due(name, thread):
+            self.has_failed = True
+            return self._do(self.fault.act, real, *arguments, **named)
+        return self._do(real, *arguments, **named)
+
+    def _is_due(self, name: str, thread: threading.Thread) -> bool:
+        must_be_callers = {self.fault.name, name} & {*TORTURE_PASSES, "wait"}
+        if must_be_callers and thread is not self._caller:
+            return False
+        self.calls.append(name)
+        if name != self.name:
+            return False
+        count = self.calls.count(name)
+        return count == self.number or (self.fault.is_lasting and count > self.number)
+
+    def _is_inner(self, name: str) -> bool:
+        """A call that the library makes within another is none, but for a handshake."""
+        outer = getattr(self._inner, "name", None)
+        return bool(outer) and (outer, name) != ("wrap_socket", "do_handshake")
+
+    def _do(self, real: Any, *arguments: Any, **named: Any) -> Any:
+        outer = getattr(self._inner, "name", None)
+        self._inner.name = real.__name__
+        try:
+            return real(*arguments, **named)
+        finally:
+            self._inner.name = outer
+
+
+class TortureScenario(NamedTuple):
+    """What is run: the server's script, and a call."""
+
+    name: str
+    script: tuple[str, ...]
+    dialect: str = "vllm"
+    options: Any = MappingProxyType({})
+    is_tls: bool = False
+    is_proxied: bool = False
+    journal: str = ""  # what it holds: "", "new", "half" or "whole"
+    call: str = "stream_chat"
+    is_kept: bool = False  # a call before leaves its connection
+
+
+TORTURE_BACKGROUND = {"background": True}
+TORTURE_SCENARIOS = [
+    TortureScenario("retry", ("status:503:retry-after=0",)),
+    TortureScenario("continue", ("drop-event:3",)),
+    TortureScenario(
+        "reattach", ("drop-event:5",), "openai-responses", TORTURE_BACKGROUND
+    ),
+    TortureScenario("new-journal", ("drop-event:3",), journal="new"),
+    TortureScenario("half-journal", ("drop-event:3",), journal="half"),
+    TortureScenario("whole-journal", (), journal="whole"),
+    TortureScenario("tls", ("drop-event:3",), is_tls=True),
+    TortureScenario(
+        "proxy", ("status:503:retry-after=0",), is_tls=True, is_proxied=True
+    ),
+    TortureScenario("kept", (), is_kept=True),
+    TortureScenario("kept-tls", (), is_kept=True, is_tls=True),
+    TortureScenario("events", ("drop-event:3",), call="stream_events"),
+    TortureScenario("complete", ("drop-event:3",), "openai", call="complete_chat"),
+]
+
+
+@pytest.fixture
+def torture_tls(net_tls: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> Any:
+    """The context of a TLS server that is trusted; and no log that holds an error."""
+    context, authority = net_tls
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", authority)
+    caplog.set_level(logging.CRITICAL, "tortured")
+    return context
+
+
+class TortureOutcome(NamedTuple):
+    """How a call ended, without a reference to it."""
+
+    printed: str
+    kept: str | None  # the stream's own ``.text``
+    error: str = ""  # the name of the exception
+    family: str = ""  # of which kind that is
+    told: str = ""  # its ``.text``
+    message: str = ""
+
+
+class TortureBench:
+    """A fresh copy of the module, and what a scenario needs around it."""
+
+    def __init__(self, scenario: TortureScenario, tls: Any, folder: Path) -> None:
+        self.scenario = scenario
+        self.tls = tls if scenario.is_tls else None
+        self.journals = (folder / f"{number}.db" for number in itertools.count())
+        self.threads = set(threading.enumerate())
+        spec: Any = importlib.util.spec_from_file_location("tortured", rs.__file__)
+        self.module: Any = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.module)
+
+    def run(self, name: str, number: int, fault: TortureFault) -> TortureShim:
+        """Run the scenario with that call failed, and check all that is promised."""
+        shim, files = TortureShim(name, number, fault), torture_files()
+        pace = {"pieces": 10, "delay": 0.001}  # a read brings one event
+        server = FlakyServer(TORTURE_TEXT, self.scenario.script, tls=self.tls, **pace)
+        proxy = ConnectProxy()
+        with server, proxy, pytest.MonkeyPatch.context() as patch:
+            if self.scenario.is_proxied:
+                patch.setenv("https_proxy", proxy.url)
+            call = self._prepared(server, fault)
+            started = time.monotonic()
+            with shim:
+                outcome, held = self._outcome(call)
+            seconds = time.monotonic() - started
+            wrong = [*self._wrong(outcome, shim)]
+            wrong += [f"{seconds:.1f} s"] * (seconds > TORTURE_SECONDS)
+            wrong += self._wrong_next(call)
+            held += shim.databases
+            wrong += torture_wait(lambda: self._left(held, server, proxy))
+        wrong += torture_wait(lambda: [f for f in torture_files() if f not in files])
+        wrong += torture_wait(self._left_threads)
+        assert not wrong, (name, number, fault, wrong, outcome, shim.calls)
+        return shim
+
+    def _prepared(self, server: FlakyServer, fault: TortureFault) -> Any:
+        """The call, and what comes before it."""
+        scenario, module = self.scenario, self.module
+        limits = TORTURE_SHORT if fault.name == "hangs" else TORTURE_PATIENT
+        options: dict[str, Any] = {
+            "timeouts": module.Timeouts(*limits),
+            "retry": module.Retry(**TORTURE_RETRY),
+        }
+        if scenario.journal:
+            options["journal"] = str(next(self.journals))
+        call = functools.partial(getattr(module, scenario.call), **options)
+        if scenario.call == "stream_events":
+            return functools.partial(call, server.url + "/events")
+        call = functools.partial(
+            call,
+            *("Es war", "m"),
+            base_url=server.url + "/v1",
+            dialect=scenario.dialect,
+            api_key="k",
+            **scenario.options,
+        )
+        with contextlib.suppress(module.StreamConnectionError):
+            if scenario.journal in ("half", "whole"):
+                list(call(retry=None, resume="never", headers=TORTURE_ALONE))
+        if scenario.is_kept:
+            list(call())
+        return call
+
+    def _outcome(self, call: Any) -> tuple[TortureOutcome, list[Any]]:
+        observer, stream, printed = self.module.Observer(), None, ""
+        facts: tuple[str, ...] = ()
+        headers = {} if self.scenario.is_kept else TORTURE_ALONE
+        try:
+            stream = call(observe=observer, headers=headers)
+            if self.scenario.call == "complete_chat":
+                stream = iter([stream.text])
+            for piece in stream:
+                printed += getattr(piece, "data", piece)
+        except BaseException as error:  # noqa: BLE001  (whatever it is, it is judged)
+            facts = self._facts(error)
+        held = [each for each in (observer, stream) if hasattr(each, "__weakref__")]
+        outcome = TortureOutcome(printed, getattr(stream, "text", None), *facts)
+        return outcome, [weakref.ref(each) for each in held]
+
+    def _facts(self, error: BaseException) -> tuple[str, ...]:
+        families = (self.module.StreamingError, OSError, BaseException)
+        family = next(kind.__name__ for kind in families if isinstance(error, kind))
+        told = getattr(error, "text", "")
+        return type(error).__name__, family, told, str(error)
+
+    def _wrong(self, outcome: TortureOutcome, shim: TortureShim) -> Iterator[str]:
+        """What the outcome must not be."""
+        error, passes = outcome.error, shim.fault.name in TORTURE_PASSES
+        if not TORTURE_TEXT.startswith(outcome.printed):
+            yield "wrong text"
+        if outcome.kept not in (None, outcome.printed):
+            yield "kept another text than was handed out"
+        if not error and outcome.printed != TORTURE_TEXT:
+            yield "a silent cut"
+        if outcome.family == "StreamingError":
+            if outcome.told != (outcome.kept or outcome.told):
+                yield "the error tells another text than was handed out"
+            if not self._may_be_lost(shim.fault):
+                yield "a single failure was not mended"
+        elif outcome.family == "OSError":
+            if not outcome.message.startswith("journal="):
+                yield "a foreign error"
+        elif error and not (passes and error == shim.fault.name):
+            yield "a foreign error"
+        raised = {error, *shim.unraisable}
+        if passes and shim.has_failed and shim.fault.name not in raised:
+            yield "what must pass was swallowed"
+        if set(shim.unraisable) - {shim.fault.name}:
+            yield f"raised where nobody can catch it: {shim.unraisable}"
+
+    def _may_be_lost(self, fault: TortureFault) -> bool:
+        """Whether the fault may cost the answer: else it is resumed."""
+        return fault.is_lasting or fault.name in TORTURE_FATAL
+
+    def _wrong_next(self, call: Any) -> list[str]:
+        """The next call, with nothing failed, must go well."""
+        pieces = call(headers=TORTURE_ALONE)
+        if self.scenario.call == "complete_chat":
+            pieces = [pieces.text]
+        text = "".join(getattr(piece, "data", piece) for piece in pieces)
+        return ["the next call goes wrong"] * (text != TORTURE_TEXT)
+
+    def _left(self, held: list[Any], *servers: Any) -> list[str]:
+        gc.collect()
+        left = [type(ref()).__name__ for ref in held if ref() is not None]
+        return left + ["connection"] * sum(s.open_connections for s in servers)
+
+    def _left_threads(self) -> list[str]:
+        """All but the one watchdog."""
+        new = set(threading.enumerate()) - self.threads
+        return [thread.name for thread in new][1:]
+
+
+def torture_files() -> list[str]:
+    """The open descriptors; elsewhere than on Linux, what the server sees must do."""
+    folder = Path("/proc/self/fd")
+    return [each.name for each in folder.iterdir()] if folder.is_dir() else []
+
+
+def torture_wait(left: Callable[[], list[str]]) -> list[str]:
+    """What is still left after a while."""
+    end, found = time.monotonic() + 2, left()
+    while found and time.monotonic() < end:
+        time.sleep(0.002)
+        found = left()
+    return found
+
+
+def torture(scenario: TortureScenario, tls: Any, folder: Path, stride: int) -> int:
+    """Fail one in *stride* of the points of a scenario; how many that were."""
+    bench = TortureBench(scenario, tls, folder)
+    getattr(gc, "freeze", gc.collect)()  # so that each later collection is short
+    try:
+        bench.run("", 0, TORTURE_NOTHING)  # it starts the watchdog
+        calls = bench.run("", 0, TORTURE_NOTHING).calls
+        points = [
+            (name, calls[: position + 1].count(name), fault)
+            for position, name in enumerate(calls)
+            for fault in TORTURE_FAULTS[name]
+        ]
+        # A later run may read in fewer calls: what was not reached does not count.
+        return sum(bench.run(*point).has_failed for point in points[::stride])
+    finally:
+        getattr(gc, "unfreeze", gc.collect)()
+
+
+torture_each = pytest.mark.parametrize(
+    "scenario", TORTURE_SCENARIOS, ids=[scenario.name for scenario in TORTURE_SCENARIOS]
+)
+
+
+@torture_each
+def test_a_call_that_fails_anywhere_costs_no_text(
+    scenario: TortureScenario, torture_tls: Any, tmp_path: Path
+) -> None:
+    failed = torture(scenario, torture_tls, tmp_path, TORTURE_STRIDE)
+    assert failed * TORTURE_STRIDE >= TORTURE_LEAST
+
+
+@pytest.mark.slow
+@torture_each
+def test_no_call_of_all_that_can_fail_costs_text(
+    scenario: TortureScenario, torture_tls: Any, tmp_path: Path, record_property: Any
+) -> None:
+    failed = torture(scenario, torture_tls, tmp_path, 1)
+    record_property("calls failed", failed)
+    assert failed >= TORTURE_LEAST
+
+
+@pytest.mark.parametrize("fault", TORTURE_FAULTS["start"], ids=lambda fault: fault.name)
+def test_a_stream_that_cannot_start_its_thread_is_whole(
+    fault: TortureFault, torture_tls: Any, tmp_path: Path
+) -> None:
+    bench = TortureBench(TORTURE_SCENARIOS[0], torture_tls, tmp_path)
+    assert bench.run("start", 1, fault).has_failed
