@@ -17832,7 +17832,7 @@ def test_what_a_server_sends_reaches_a_terminal_without_its_control_characters()
 
 TORTURE_TEXT = "Es war einmal ein Bach, né 🐸, der bis zum Meer lief. Ende."
 TORTURE_PATIENT = (20, 20, 20, 20, 40)
-TORTURE_SHORT = (0.15, 0.15, 0.15, 0.15, 2)  # where a call hangs
+TORTURE_SHORT = (0.15, 0.15, 0.15, 0.15, 1)  # where a call hangs, or a lock stays
 TORTURE_SECONDS = 5  # for a point: more means that it sat out a patient timeout
 TORTURE_RETRY = {"attempts": 5, "wait_initial": 0.001, "wait_max": 0.001}
 TORTURE_PASSES = {"KeyboardInterrupt", "MemoryError"}  # as they are, through all of it
@@ -18198,7 +18198,7 @@ class TortureBench:
     def _prepared(self, server: FlakyServer, fault: TortureFault) -> Any:
         """The call, and what comes before it."""
         scenario, module = self.scenario, self.module
-        limits = TORTURE_SHORT if fault.name == "hangs" else TORTURE_PATIENT
+        limits = TORTURE_SHORT if self._may_be_lost(fault) else TORTURE_PATIENT
         options: dict[str, Any] = {
             "timeouts": module.Timeouts(*limits),
             "retry": module.Retry(**TORTURE_RETRY),
