@@ -1637,7 +1637,10 @@ class Answer(_Kept):
 
     def begin_part(self, kind: str, part: Any) -> None:
         """What comes of that kind from now on, in choice 0, belongs to this part."""
-        if self._growing.get(kind) == part or self.dropped:
+        if self._growing.get(kind) == part:
+            return
+        if self.dropped:  # what is not kept cannot be compared: nothing to note
+            self._growing[kind] = part
             return
         position = self.position(kind)
         if kind in self._growing:
@@ -1789,6 +1792,8 @@ class Answer(_Kept):
     def _said(self, kind: str, part: Any) -> str | None:
         """What the pieces of a part have said; None if that is not known."""
         runs = self._runs.get((kind, part), ())
+        if not runs and self._growing.get(kind) == part:
+            return None
         said = [self._between(kind, *run) for run in runs]
         return None if None in said else "".join(map(str, said))
 
@@ -6085,12 +6090,14 @@ class _Prompt(NamedTuple):
     def _resumed_body(
         self, action: str, text: str, reasoning: str
     ) -> dict[str, Any] | None:
+        if not text:  # it was white space alone: whatever came would not continue it
+            return None
         if action == "ask":
             turns = [("assistant", text), ("user", _ASK)]
             return self.dialect.add_turns(self.body, turns)
         if callable(self.resume):
             return self.resume(copy.deepcopy(self.body), text)
-        body = self.dialect.prefill(self.body, text) if text else None
+        body = self.dialect.prefill(self.body, text)
         if body is None or not reasoning:
             return body
         return self.dialect.add_reasoning(body, reasoning)

@@ -6724,6 +6724,22 @@ def test_what_is_given_once_more_as_a_whole_is_compared_part_by_part(
     assert (type(heard.error).__name__ if heard.error else None) == error
 
 
+def test_past_the_limit_of_text_a_part_given_once_more_is_neither_doubt_nor_double():
+    thought = dl_part("reasoning_text.delta", 1, "so much thought")
+    whole = [dl_text_done(3, "Hello"), dl_ended(4, [dl_said("Hello")])]
+    body = dl_created(0) + dl_numbered(thought, (2, "Hello"), *whole)
+    stream = rs.ChatStream.replay(
+        core_pieces(body, range(0, len(body), 50)),
+        "openai-responses",
+        limits=rs.Limits(text=5),
+    )
+    assert "".join(stream) == "Hello"
+    whole = [dl_text_done(2, "Hi"), dl_ended(3, [dl_said("Hi")])]
+    body = dl_created(0) + dl_numbered(thought, *whole)
+    stream = rs.ChatStream.replay(body, "openai-responses", limits=rs.Limits(text=5))
+    assert "".join(stream) == "Hi"
+
+
 def test_arguments_given_once_more_are_compared_and_give_the_rest():
     call = {"type": "function_call", "call_id": "a", "name": "f", "arguments": ""}
 
@@ -12314,6 +12330,17 @@ def test_a_resume_function_is_given_the_body_and_the_text_and_its_body_is_sent()
     assert wire.bodies[2]["mine"] is True
     assert wire.bodies[2]["messages"][-1]["content"] == "abcdefgh"
     assert [r.action for r in stream.result.history] == ["start", *["continue"] * 2]
+
+
+@pytest.mark.parametrize("resume", ["ask", "continue", lambda body, text: body])
+def test_white_space_that_must_not_be_sent_cannot_be_continued(resume: Any) -> None:
+    said = {"type": "content_block_delta", "index": 0}
+    blank = {**said, "delta": {"type": "text_delta", "text": " \n"}}
+    with streams_wire("Other", [("raw", [core_sse(blank)])]) as wire:
+        printed, error = streams_outcome(streams_ask("anthropic", resume=resume))
+    assert printed == " \n"
+    assert isinstance(error, rs.IncompleteStreamError)
+    assert len(wire.requests) == 1
 
 
 def test_a_resume_function_that_fails_reaches_the_caller() -> None:
