@@ -18548,7 +18548,8 @@ class SimWorld:
         if not self.over.acquire(timeout=60):
             self.fail("a task waits for something that is not of this world")
         self.left_over = [t.name for t in self.tasks if not t.is_done]
-        self.open = [end for end in self.ends() if end.is_client]
+        self.open = self.ends()
+        self.spare_files = len(self.files) - len(self.open)
         self.is_dead = True
         for task in self.tasks:
             if not task.is_done:
@@ -18586,9 +18587,13 @@ class SimEnd:
         self.inbox, self.peer = bytearray(), None
         self.has_fin = self.was_reset = self.is_shut = self.is_closed = False
         self.is_resting = True  # the server waits for another request
+        self.fate = None  # of the connecting: an error number, 0 for none
 
     def is_readable(self):
         return bool(self.inbox or self.has_fin or self.was_reset or self.is_shut)
+
+    def is_settled(self):
+        return self.fate is not None or self.is_shut
 
     def receive(self, count, timeout=None):
         if not self.world.block(self.is_readable, timeout):
@@ -18613,9 +18618,9 @@ class SimEnd:
         peer.inbox += data
 
     def shut(self):
-        if self.peer is None:
-            raise OSError(107, "Transport endpoint is not connected")
-        self.is_shut = self.peer.has_fin = True
+        self.is_shut = True  # which ends a connect in progress too
+        if self.peer is not None:
+            self.peer.has_fin = True
 
     def reset(self):
         self.is_closed = self.peer.was_reset = True
@@ -18661,10 +18666,23 @@ class SimSocket:
         assert self._end
 
     def getsockopt(self, *option):
-        return 0
+        return self._end.fate or 0
 
     def connect(self, address):
-        SIM.provider.accept(self._end, address, self._timeout)
+        code = self.connect_ex(address)
+        if code == 115:
+            if not self._world.block(self._end.is_settled, self._timeout):
+                raise SimTimeout("timed out")
+            code = 103 if self._end.fate is None else self._end.fate
+        if code:
+            raise OSError(code, os.strerror(code))
+
+    def connect_ex(self, address):
+        end = self._end
+        self._world.note("connect", self._number)
+        name = f"connection {len(self._world.tasks)}"
+        SimThread(target=lambda: SIM.provider.accept(end), name=name).start()
+        return 115  # it is in progress
 
     def recv(self, count, flags=0):
         if self._timeout == 0.0 and not self._end.is_readable():
@@ -18733,21 +18751,20 @@ class SimPoll:
     """``select.poll`` over sockets of the world."""
 
     def __init__(self):
-        self._numbers = []
+        self._tests = []
 
     def register(self, sock, mask=1):
         number = sock if isinstance(sock, int) else sock.fileno()
-        self._numbers.append(number)
+        end = SIM.world.end_of(number)
+        test = end.is_readable if mask & 1 else end.is_settled
+        self._tests.append((number, test))
 
     def poll(self, timeout=None):
-        ready = [n for n in self._numbers if SIM.world.end_of(n).is_readable()]
-        return [(number, 1) for number in ready]
+        def ready():
+            return [(number, 1) for number, test in self._tests if test()]
 
-
-def sim_select(readers, writers, others, timeout=None):
-    numbers = [r if isinstance(r, int) else r.fileno() for r in readers]
-    found = [SIM.world.end_of(n).is_readable() for n in numbers]
-    return [r for r, is_ready in zip(readers, found) if is_ready], writers, []
+        SIM.world.block(ready, None if timeout is None else timeout / 1000)
+        return ready()
 
 
 # -- what the module takes for time, threading and socket
@@ -18916,7 +18933,7 @@ SIM_MODULES = {
         create_connection=sim_connection,
         getaddrinfo=lambda host, port, *more: [(2, 1, 6, "", (host, port))],
     ),
-    "select": sim_stand_in(select, poll=SimPoll, select=sim_select),
+    "select": sim_stand_in(select, poll=SimPoll, select=None),
 }
 
 
@@ -19435,11 +19452,12 @@ class SimRequest(NamedTuple):
 class SimReply:
     """What was sent for one request, and how far it came."""
 
-    def __init__(self, request, fault):
+    def __init__(self, request, fault, now):
         self.request, self.fault = request, fault
         self.answer = self.text = self.body = None
         self.sent, self.status = 0, 200
         self.told_at = self.ended_at = None
+        self.patience, self.slowest, self.moved_at = 0.0, 0.0, now
         self.action = "start"
 
     def said_complete(self, slack):
@@ -19457,38 +19475,29 @@ class SimProvider:
         self.world, self.plan = world, plan
         self.rng = random.Random(plan.seed + 1)
         self.calls = {}  # by their number, which is in the path
-        self.connections = itertools.count(1)
 
-    def accept(self, end, address, timeout):
-        """A client connects."""
+    def accept(self, end):
+        """A client connects: serve it, until one of both sides leaves."""
         rng, world = self.rng, self.world
         fate = rng.random() if rng.random() < self.plan.faults else 1.0
-        world.note("connect", fate < 0.2)
-        if fate < 0.1:
-            world.sleep(0.01)
-            raise ConnectionRefusedError(111, "Connection refused")
-        if fate < 0.2:  # the SYN is lost
-            if world.block(lambda: end.is_shut, timeout):
-                raise OSError(103, "Software caused connection abort")
-            raise SimTimeout("timed out")
         world.sleep(rng.choice([0.0, 0.001, 0.2]))
+        if fate < 0.1:
+            end.fate = 111  # refused
+        if fate < 0.2:
+            return  # or the SYN is lost
         server = SimEnd(world, is_client=False)
-        end.peer, server.peer = server, end
-        name = f"connection {next(self.connections)}"
-        SimThread(target=lambda: self.serve(server), name=name).start()
-
-    def serve(self, end):
-        """One connection, until one of both sides leaves."""
+        end.peer, server.peer, end.fate = server, end, 0
         try:
-            patience = self.rng.choice([0.5, 3.0, 15.0, 75.0])
-            request = self.read_request(end, 30.0)
-            while request is not None and self.reply(end, request):
-                end.peer.is_resting = True
-                request = self.read_request(end, patience)
-            end.close()
+            self.serve(server, rng.choice([0.5, 3.0, 15.0, 75.0]))
         except OSError:
-            self.world.note("the client has left")
-            end.close()
+            world.note("the client has left")
+        server.close()
+
+    def serve(self, end, patience):
+        request, is_kept = self.read_request(end, 30.0), False
+        while request is not None and self.reply(end, request, is_kept):
+            end.peer.is_resting = is_kept = True
+            request = self.read_request(end, patience)
 
     def read_request(self, end, patience):
         data = b""
@@ -19513,13 +19522,15 @@ class SimProvider:
         self.world.note(method, path)
         return SimRequest(method, path, headers, json.loads(body) if body else None)
 
-    def reply(self, end, request):
+    def reply(self, end, request, is_kept):
         """Answer one request; return whether the connection may serve another."""
         rng, plan = self.rng, self.plan
         call = self.calls[int(request.path.split("/")[1][1:])]
         fault = rng.choice(plan.fault_kinds) if rng.random() < plan.faults else ""
-        reply = SimReply(request, fault)
+        reply = SimReply(request, fault, self.world.now)
         call.replies.append(reply)
+        # A client cannot tell this from a server that has closed without reading.
+        reply.is_unseen = is_kept and fault == "reset"
         self.world.note("fault", fault)
         self.world.sleep(rng.choice([0.0, 0.0, 0.05, 2.0]))
         if fault == "late":
@@ -19616,9 +19627,10 @@ class SimProvider:
             self.send_piece(end, b"\n" if is_ndjson else b": ping\n\n", framing, reply)
             world.sleep(rng.choice([1.0, 3.0]))
         if fault == "freeze":
-            end.inbox.clear()
-            while end.receive(100):
-                pass
+            begun, stalled = world.now, world.stalled
+            while not end.is_readable():
+                world.block(end.is_readable)
+            reply.patience = world.now - begun - (world.stalled - stalled)
             return False
         if stop is not None:
             world.note("stops after", reply.sent, len(raw))
@@ -19633,7 +19645,11 @@ class SimProvider:
         return framing != "close" and rng.random() < 0.9 and not end.has_fin
 
     def send_piece(self, end, piece, framing, reply):
-        reply.sent += len(piece)
+        before, reply.sent = reply.sent, reply.sent + len(piece)
+        now = self.world.now
+        reply.slowest = max(reply.slowest, now - (reply.moved_at))
+        if any(before < place <= reply.sent for place in reply.body.boundaries):
+            reply.moved_at = now
         if reply.told_at is None and reply.said_complete(1):
             reply.told_at = self.world.now
         if framing != "chunked":
@@ -19649,9 +19665,6 @@ class SimProvider:
 
 # -- the callers
 
-#: Faults of the module that are known and not mended: (fault, dialect) and why.
-SIM_KNOWN = {}
-
 
 class SimPlan:
     """What a seed stands for."""
@@ -19659,7 +19672,8 @@ class SimPlan:
     def __init__(self, seed):
         rng = random.Random(seed)
         self.seed = seed
-        self.dialect = rng.choice([*sorted(SIM_ENCODERS), "events"])
+        weights = ["events", "openai-responses", "openai-responses"]
+        self.dialect = rng.choice([*sorted(SIM_ENCODERS), *weights])
         self.resume = rng.choice(
             ["auto"] * 3
             + ["reattach", "continue", "continue", "function", "ask", "replay", "never"]
@@ -19668,11 +19682,10 @@ class SimPlan:
         self.kind = "prose" if self.resume == "ask" else rng.choice(kinds)
         self.faults = rng.choice([0.0, 0.5, 0.5, 0.9])
         known = SIM_FEED_FAULTS if self.dialect == "events" else [*SIM_FAULTS][1:]
-        faults = [f for f in known if (f, self.dialect) not in SIM_KNOWN]
         drops = [
-            f for f in ("fin", "reset", "error", "truncated", "half") if f in faults
+            f for f in ("fin", "reset", "error", "truncated", "half") if f in known
         ]
-        self.fault_kinds = rng.sample(faults + drops * 2, rng.randint(1, 3))
+        self.fault_kinds = rng.sample([*known, *drops * 2], rng.randint(1, 3))
         self.timeouts = {
             "connect": rng.choice([1.0, 10.0]),
             "first_token": rng.choice([5.0, 60.0, 600.0]),
@@ -19725,7 +19738,7 @@ class SimCall:
         self.handed, self.deltas = [], []
         self.error = self.result = self.stream = None
         self.has_left = self.is_closed_by_other = self.is_over = False
-        self.paused = 0.0
+        self.paused, self.closed_at = 0.0, None
 
     # -- on the provider's side
 
@@ -19891,8 +19904,9 @@ class SimCall:
     def check(self, world):
         sim_check_text(self.plan, self)
         sim_check_end(self.plan, world, self)
-        sim_check_total(self.plan, world, self)
+        sim_check_times(self.plan, world, self)
         posts = [r for r in self.replies if r.request.method == "POST"]
+        posts = [r for r in posts if not r.is_unseen]
         assert len(posts) <= self.plan.attempts, "more requests than attempts"
 
     def close_later(self):
@@ -19902,6 +19916,7 @@ class SimCall:
         world.sleep(self.plan.closes_after)
         if not self.is_over:
             self.is_closed_by_other = True
+            self.closed_at, self.stalled = world.now, world.stalled
             world.note("close")
             self.stream.close()
 
@@ -19964,6 +19979,7 @@ def sim_verdict(plan, world, calls):
         call.check(world)
     busy = [end for end in world.open if not end.is_resting]
     assert not busy, "a connection was left open"
+    assert world.spare_files == 0, "a file of a socket was left open"
     others = [n for n in world.left_over if not n.startswith("connection")]
     assert len(others) <= 1, f"still there: {others}"
 
@@ -20037,17 +20053,29 @@ def sim_check_result(plan, world, call, last):
     if result.usage is not None:
         assert (result.usage.input_tokens, result.usage.output_tokens) == answer.usage
     elif (
-        not (world.stalled or last.fault)
+        not (world.stalled or call.paused or last.fault)
         and (last.ended_at or math.inf) < last.told_at + 4
     ):
         assert answer.usage is None, "the usage is missing"
 
 
-def sim_check_total(plan, world, call):
-    seconds = call.ended - call.started
-    slack = 1 + call.paused + world.stalled
-    if plan.timeouts["total"] is not None:
-        assert seconds <= plan.timeouts["total"] + slack, f"{seconds} s"
+def sim_check_times(plan, world, call):
+    """Nothing outlives its limit, and nothing is cut before."""
+    limits, error = dict(plan.timeouts), call.error
+    total = limits.pop("total")
+    seconds, slack = call.ended - call.started, 1 + call.paused + world.stalled
+    assert total is None or seconds <= total + slack, f"{seconds} s"
+    for reply in call.replies:
+        assert reply.patience <= max(limits.values()) + slack, "waited for too long"
+    if call.closed_at is not None and not plan.has_own_session:
+        # What a caller's session does before the headers cannot be ended.
+        late = (
+            call.ended - call.closed_at - call.paused - (world.stalled - call.stalled)
+        )
+        assert late <= 1, f"closed, but it went on for {late} s"
+    kind, last = getattr(error, "kind", ""), call.replies[-1] if call.replies else None
+    if kind in ("read", "idle") and not (last.fault or world.stalled):
+        assert last.slowest * 4 > limits[kind], f"it was not silent: {error!r}"
 
 
 def sim_check(seed):
@@ -20130,7 +20158,7 @@ class SimFeed(SimCall):
             assert self.is_closed_by_other
         if self.error is None and not (self.has_left or self.is_closed_by_other):
             assert self.handed == self.all, "a silent end before the last event"
-        sim_check_total(self.plan, world, self)
+        sim_check_times(self.plan, world, self)
 
 
 # -- one body, read in every way: the fast path is the slow path
