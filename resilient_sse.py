@@ -6911,7 +6911,7 @@ class _Chat(_Loop):
     def _open_entry(self, entry: Any) -> bool:
         """Open it; False if the reader closed the stream meanwhile."""
         try:
-            entry.open(self._may_wait, self._present_secrets)
+            entry.open(self._may_wait)
         except OSError:
             if self.check_closed():
                 return False
@@ -6922,9 +6922,6 @@ class _Chat(_Loop):
             retryable = kind != "total"
             self._fail(StreamTimeoutError(message, kind=kind, retryable=retryable))
         return True
-
-    def _present_secrets(self) -> tuple[str, ...]:
-        return cast(_Request, self._request).secrets
 
     def _may_wait(self) -> bool:
         """Whether there is time to wait for a lock on the journal."""
@@ -9254,26 +9251,21 @@ class _JournalEntry(Observer):
         self._process = 0
         self._database: Any = None
         self._may_wait: Callable[[], bool] = bool
-        self._secrets: Callable[[], Sequence[str]] = tuple
-        self._rest = b""  # held back: it may be the beginning of a secret
         self._status = 0  # of the last response
         #: Whether the entry holds a whole answer; known once it is open.
         self.is_whole = False
 
     # -- what the loop calls
 
-    def open(
-        self, may_wait: Callable[[], bool], secrets: Callable[[], Sequence[str]]
-    ) -> None:
+    def open(self, may_wait: Callable[[], bool]) -> None:
         """Make the entry this stream's own.
 
         :param may_wait: whether the stream has time to wait for a lock.
-        :param secrets: what the present request must not leave in the file.
         :raises OSError: it cannot be, or the file is no journal.
         """
         import sqlite3
 
-        self._may_wait, self._secrets = may_wait, secrets
+        self._may_wait = may_wait
         self._process, self._owner = os.getpid(), os.urandom(8).hex()
         self._refuse_forked_file()
         _open_journals[self._owner] = self._process, self._path
@@ -9284,6 +9276,11 @@ class _JournalEntry(Observer):
         except (sqlite3.Error, ValueError) as error:  # a message may be damaged too
             self._close()
             raise self._refusal(error) from error
+        except OSError as error:
+            self._close()
+            if error.errno is None:
+                raise
+            raise self._refusal(f"could not open it: {error.strerror}") from error
         except BaseException:
             self._close()
             raise
@@ -9312,7 +9309,6 @@ class _JournalEntry(Observer):
 
     def forget(self) -> None:
         """Delete what was received: the answer starts over."""
-        self._rest = b""
         self._sum = self._request.encode()
         self.is_whole = False
         self._write(
@@ -9322,7 +9318,6 @@ class _JournalEntry(Observer):
     # -- what the stream tells it
 
     def on_request(self, record: StreamRecord) -> None:
-        self._add_rest()
         self._add("request", jsonlib.dumps(record.data["action"]).encode())
 
     def on_response(self, record: StreamRecord) -> None:
@@ -9330,25 +9325,20 @@ class _JournalEntry(Observer):
         self._add("response", jsonlib.dumps(record.data["headers"]).encode())
 
     def on_chunk(self, record: StreamRecord) -> None:
-        data, self._rest = _starred(self._rest + record.data, self._secrets())
-        if data:
-            self._add("chunk", data)
+        self._add("chunk", record.data)
 
     def on_retry(self, record: StreamRecord) -> None:
         if record.data["action"] in ("retry", "restart"):
             self.forget()
         elif type(record.data["error"]) is IncompleteStreamError:
-            self._add_rest()
             self._add("chunk", b"")
 
     def on_complete(self, record: StreamRecord) -> None:
         if not self.is_whole:
-            self._add_rest()
             self._add("complete", b"")
         self._close()
 
     def on_error(self, record: StreamRecord) -> None:
-        self._add_rest()
         if not _leaves_a_beginning(record.data, self._status):
             self.forget()
         self._close()
@@ -9390,8 +9380,6 @@ class _JournalEntry(Observer):
             file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
             return
-        except OSError as error:
-            raise self._refusal(f"could not open it: {error.strerror}") from error
         try:
             if os.name == "posix":
                 os.fchmod(file, 0o600)  # whatever the umask left of it
@@ -9480,12 +9468,6 @@ class _JournalEntry(Observer):
             if len(rows) < _PORTION:
                 return
 
-    def _add_rest(self) -> None:
-        """Write what was held back: nothing follows it."""
-        rest, self._rest = self._rest, b""
-        if rest:
-            self._add("chunk", b"*" * len(rest) if len(rest) > 3 else rest)
-
     def _add(self, kind: str, value: bytes) -> None:
         self._sum = _sum_with(self._sum, kind.encode(), value)
         self._write(
@@ -9561,19 +9543,6 @@ def _sum_with(before: bytes, kind: bytes, value: bytes) -> bytes:
     import hashlib
 
     return hashlib.sha256(before + kind + b"\0" + value).digest()
-
-
-def _starred(data: bytes, secrets: Sequence[str]) -> tuple[bytes, bytes]:
-    """The data with as many stars for each secret, and what may begin one.
-
-    That rest never ends an event: no secret has a line feed in it.
-    """
-    known = [secret.encode() for secret in secrets if len(secret) >= 4]
-    for secret in known:
-        data = data.replace(secret, b"*" * len(secret))
-    begun = [n for s in known for n in range(1, len(s)) if data.endswith(s[:n])]
-    end = len(data) - max(begun, default=0)
-    return data[:end], data[end:]
 
 
 def _leaves_a_beginning(error: StreamingError, status: int) -> bool:
