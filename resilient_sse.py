@@ -82,7 +82,6 @@ from typing import (
     cast,
 )
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
-from urllib.request import getproxies
 
 import requests
 import urllib3.util.connection
@@ -4427,7 +4426,9 @@ class _Intake:
     def _take_portion(self, region: bytes) -> None:
         """Read events one by one, and learn from the last of them."""
         events = self._take_blocks(region)
-        if events and self._patience and self._answer.out:
+        # Not from a first delta: that of a short answer may be the only one.
+        is_more = self._answer.deltas or len(self._answer.out) > 1
+        if events and self._patience and self._answer.out and is_more:
             self._learn(region, events[-1])
 
     def _take_blocks(self, region: bytes) -> list[ServerSentEvent]:
@@ -5459,11 +5460,11 @@ def _secrets_sent(sent: Any) -> tuple[_Secret, ...]:
 
 def _proxy_secrets(session: requests.Session | None) -> set[_Secret]:
     """The passwords of the proxies that the environment and a session name."""
-    proxies = [
-        *getproxies().values(),
-        *(getattr(session, "proxies", None) or {}).values(),
-    ]
-    urls = [proxy if "//" in proxy else "//" + proxy for proxy in map(str, proxies)]
+    names = ("http_proxy", "https_proxy", "all_proxy")
+    # Not getproxies(), which decodes the whole environment for each request.
+    found = [os.environ.get(n) for name in names for n in (name, name.upper())]
+    proxies = [*found, *(getattr(session, "proxies", None) or {}).values()]
+    urls = [p if "//" in p else "//" + p for p in map(str, filter(None, proxies))]
     return {secret for url in urls for secret in _secrets_in(url, {})}
 
 

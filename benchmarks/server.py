@@ -86,7 +86,7 @@ class Shape(NamedTuple):
 
     head: Callable[[], list[bytes]]
     delta: Callable[[int, str], bytes]
-    tail: Callable[[], list[bytes]]
+    tail: Callable[[int], list[bytes]]
 
 
 def expected(count: int, pace: float = 0) -> tuple[int, int]:
@@ -142,7 +142,7 @@ def _chat_head() -> list[bytes]:
     return [_chat(_choice({"role": "assistant", "content": "", "refusal": None}))]
 
 
-def _chat_tail() -> list[bytes]:
+def _chat_tail(count: int) -> list[bytes]:
     usage = {"prompt_tokens": 9, "completion_tokens": 12, "total_tokens": 21}
     return [_chat(_choice({}, "stop")), _chat([], usage), b"data: [DONE]\n\n"]
 
@@ -180,7 +180,7 @@ def _anthropic_delta(number: int, text: str) -> bytes:
     return _event(value, _random.randrange(15))
 
 
-def _anthropic_tail() -> list[bytes]:
+def _anthropic_tail(count: int) -> list[bytes]:
     delta = {"stop_reason": "end_turn", "stop_sequence": None}
     usage = {"output_tokens": 12}
     return [
@@ -256,12 +256,12 @@ def _responses_delta(number: int, text: str) -> bytes:
     return _event(value)
 
 
-def _responses_tail() -> list[bytes]:
+def _responses_tail(count: int) -> list[bytes]:
     usage = {"input_tokens": 9, "output_tokens": 12, "total_tokens": 21}
     item, done = _message("completed"), _response("completed", usage=usage)
     return [
-        _numbered("response.output_item.done", 90_000, output_index=0, item=item),
-        _numbered("response.completed", 90_001, response=done),
+        _numbered("response.output_item.done", count + 4, output_index=0, item=item),
+        _numbered("response.completed", count + 5, response=done),
     ]
 
 
@@ -277,7 +277,7 @@ def events(shape: str, count: int) -> Iterator[bytes]:
     """The events of one whole answer, without any HTTP framing."""
     head, delta, tail = SHAPES[shape]
     texts = (delta(i, TEXTS[i % BLOCK]) for i in range(count))
-    return itertools.chain(head(), texts, tail())
+    return itertools.chain(head(), texts, tail(count))
 
 
 # HTTP
@@ -293,10 +293,10 @@ def _chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-@functools.cache
-def _block(shape: str, count: int) -> bytes:
+@functools.lru_cache(maxsize=64)
+def _block(shape: str, count: int, first: int) -> bytes:
     delta = SHAPES[shape].delta
-    return b"".join(_chunk(delta(i, TEXTS[i])) for i in range(count))
+    return b"".join(_chunk(delta(first + i, TEXTS[i])) for i in range(count))
 
 
 def _whole(shape: str, count: int) -> Iterator[bytes]:
@@ -304,9 +304,12 @@ def _whole(shape: str, count: int) -> Iterator[bytes]:
     blocks, rest = divmod(count, BLOCK)
     sizes = [BLOCK] * blocks + [rest] * (rest > 0)
     yield _HEADERS + b"".join(map(_chunk, SHAPES[shape].head()))
-    for block in (_block(shape, size) for size in sizes):
+    for number, size in enumerate(sizes):
+        # Of Responses alone each block is another one: its events are numbered.
+        first = number * BLOCK if shape == "responses" else 0
+        block = _block(shape, size, first)
         yield from (block[i : i + WRITE] for i in range(0, len(block), WRITE))
-    yield b"".join(map(_chunk, SHAPES[shape].tail())) + _END
+    yield b"".join(map(_chunk, SHAPES[shape].tail(count))) + _END
 
 
 _streams = itertools.count()
@@ -327,7 +330,7 @@ def _paced(shape: str, count: int, pace: float) -> Iterator[bytes]:
         time.sleep(max(0.0, due - time.monotonic()))
         yield _chunk(delta(number, STAMP % time.monotonic()))
     time.sleep(step)  # the finish reason takes a step of its own, as a token does
-    yield b"".join(map(_chunk, tail())) + _END
+    yield b"".join(map(_chunk, tail(count))) + _END
 
 
 def _body(path: str) -> Iterable[bytes]:
