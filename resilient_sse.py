@@ -1692,7 +1692,8 @@ class Answer(_Kept):
     def position(self, kind: str = "text") -> int:
         """The offset in the text of that kind at which the next piece will stand."""
         if kind != "text":
-            return self._side[kind, 0].kept if (kind, 0) in self._side else 0
+            kept = self._side[kind, 0].kept if (kind, 0) in self._side else 0
+            return kept - (self.seam.pending(kind) if self.seam else 0)
         if self.seam is not None and self.seam.replays:
             return self.seam.position
         return self.received.kept + self._measure()
@@ -1911,6 +1912,10 @@ class Seam:
         """Take anything but visible text of choice 0; return what is new in it."""
         return delta.text
 
+    def pending(self, kind: str) -> int:
+        """Characters of that kind, not visible text, that are yet to come again."""
+        return 0
+
     @property
     def is_over(self) -> bool:
         """Whether all that comes from now on is new."""
@@ -1950,6 +1955,10 @@ class ReplaySeam(Seam):
             self._differs(self.position)
         side[1] += len(known)
         return delta.text[len(known) :]
+
+    def pending(self, kind: str) -> int:
+        side, seen = self._sides.get((kind, 0), ("", 0))
+        return len(side) - seen
 
     @property
     def is_over(self) -> bool:
