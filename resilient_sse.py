@@ -426,6 +426,10 @@ def _hidden_in(value: Any, secrets: Iterable[str]) -> Any:
     return [_hidden_in(v, secrets) for v in value] if isinstance(value, list) else value
 
 
+class _Stars(bytes):
+    """Bytes of a body in which stars stand for a secret."""
+
+
 def _masked(data: bytes, secrets: Sequence[str]) -> tuple[bytes, bytes]:
     """Bytes of a body as they may be kept: a secret becomes as many stars.
 
@@ -447,12 +451,14 @@ def _masked(data: bytes, secrets: Sequence[str]) -> tuple[bytes, bytes]:
             stop, count = _spell(text, start, secret)
             if stop == len(text) and count < len(secret):
                 cut.append(start)
-    return bytes(masked[: min(cut)]), bytes(masked[min(cut) :])
+    end = min(cut)
+    kind = _Stars if masked[:end] != data[:end] else bytes
+    return kind(masked[:end]), bytes(masked[end:])
 
 
 def _masked_rest(rest: bytes) -> bytes:
     """What :func:`_masked` held back, where nothing follows."""
-    return b"*" * len(rest) if len(rest) >= _LEAST_SECRET else rest
+    return _Stars(b"*" * len(rest)) if len(rest) >= _LEAST_SECRET else rest
 
 
 # ---------------------------------------------------------------------------
@@ -9335,7 +9341,7 @@ class _JournalEntry(Observer):
         self._add("response", jsonlib.dumps(record.data["headers"]).encode())
 
     def on_chunk(self, record: StreamRecord) -> None:
-        self._add("chunk", record.data)
+        self._add("masked" if isinstance(record.data, _Stars) else "chunk", record.data)
 
     def on_retry(self, record: StreamRecord) -> None:
         if record.data["action"] in ("retry", "restart"):
@@ -9450,10 +9456,12 @@ class _JournalEntry(Observer):
         try:
             for kind, _, total in self._rows():
                 self._sum, self.is_whole = total, kind == "complete"
+                if kind == "masked":  # stars for what was handed out: another text
+                    raise ValueError("the server echoed a secret, which is not kept")
         except sqlite3.OperationalError:  # no damage to the entry, but locked, say
             raise
         except (sqlite3.DatabaseError, ValueError) as error:
-            logger.warning("a damaged journal, its answer starts over: %s", error)
+            logger.warning("the answer in the journal starts over: %s", error)
             self.forget()
 
     # -- inner steps: reading and writing
@@ -9618,7 +9626,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(f"{type(error).__name__}: {error}")
         return _exit_status(error)
     except BrokenPipeError:
-        _discard_output()
+        _discard(sys.stdout)
         return 141
     except ValueError as error:
         _complain(str(error))
@@ -9628,15 +9636,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             sys.stdout.flush()
         except OSError:  # it is standard output that cannot be written
-            _discard_output()
+            _discard(sys.stdout)
         return 1
 
 
-def _discard_output() -> None:
-    """What is still in the buffer has no reader: without this, the interpreter would
+def _discard(stream: Any) -> None:
+    """What is still in its buffer has no reader: without this, the interpreter would
     try again at its exit, complain, and replace the exit status by its own."""
     with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())  # a stand-in has no fileno
+        os.dup2(nowhere.fileno(), stream.fileno())  # a stand-in has no fileno
 
 
 _RESUME_MODES = ("auto", "reattach", "continue", "ask", "replay", "never")
@@ -9901,9 +9909,11 @@ def _complain(text: str) -> None:
     """A line on standard error, whatever its encoding can hold."""
     line = _CONTROL.sub("\ufffd", f"resilient-sse: {text}") + "\n"
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    with contextlib.suppress(OSError):  # it has no reader; the exit status still tells
+    try:
         sys.stderr.write(line.encode(encoding, "backslashreplace").decode(encoding))
         sys.stderr.flush()
+    except OSError:  # the exit status still tells
+        _discard(sys.stderr)
 
 
 def _exit_status(error: StreamingError) -> int:
