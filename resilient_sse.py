@@ -3128,8 +3128,9 @@ class Anthropic(Dialect):
         "tool_use": "tool_calls",
         "refusal": "content_filter",
     }
-    #: The model names whose partial answers are continued by prefill.
-    _prefilled = re.compile(
+    #: The model names whose partial answers are continued by prefill.  (A string, as
+    #: all patterns that few streams need: to compile them would slow the import.)
+    _prefilled = (
         r"claude-(?:instant|v?[123]\b|(?:opus|sonnet|haiku)-4(?:-[015])?"
         r"(?:[-@]\d{8}|-latest|-v\d|$))"
     )
@@ -3319,7 +3320,7 @@ class Anthropic(Dialect):
         return super().prefill(body, text)
 
     def exact(self, body: dict[str, Any]) -> bool:
-        return bool(self._prefilled.search(str(body.get("model"))))
+        return bool(re.search(self._prefilled, str(body.get("model"))))
 
 
 def _parsed_or_empty(text: str) -> Any:
@@ -3508,11 +3509,11 @@ class Gemini(Dialect):
         return {**body, "contents": contents + new}
 
 
-_PATH_STEP = re.compile(r"""\[(\d{1,9})\]|\['([^']*)'\]|\["([^"]*)"\]|([^.\[\]$]+)""")
+_PATH_STEP = r"""\[(\d{1,9})\]|\['([^']*)'\]|\["([^"]*)"\]|([^.\[\]$]+)"""
 
 
 def _steps_of(path: str) -> Iterator[int | str]:
-    for found in _PATH_STEP.finditer(path):
+    for found in re.finditer(_PATH_STEP, path):
         number, single, double, name = found.groups("")
         yield int(number) if number else single or double or name
 
@@ -8508,9 +8509,7 @@ def _histogram_samples(histogram: _LogHistogram) -> list[tuple[str, float]]:
 # Refuses to hold text in report() and save(): sizes only, secrets masked by header
 # name. save_raw() alone writes the body itself, and needs that to be replayed.
 
-_KEY_LIKE = re.compile(
-    r"\b(?:bearer\s+|sk-|xox[a-z]-|AIza|hf_|gsk_)[^\s\"',;]{6,}", re.IGNORECASE
-)
+_KEY_LIKE = r"(?i)\b(?:bearer\s+|sk-|xox[a-z]-|AIza|hf_|gsk_)[^\s\"',;]{6,}"
 _WHY_WIDTH = 300
 _HEADER_WIDTH = 120
 _BAR_WIDTH = 40
@@ -8954,7 +8953,7 @@ def _software() -> str:
 
 def _harmless(why: str) -> str:
     """One line without control characters and without what looks like a key."""
-    return _clipped(_KEY_LIKE.sub("***", _one_line(why)), _WHY_WIDTH)
+    return _clipped(re.sub(_KEY_LIKE, "***", _one_line(why)), _WHY_WIDTH)
 
 
 def _short_headers(headers: Mapping[str, Any]) -> dict[str, str]:
@@ -9235,7 +9234,7 @@ _creating = threading.Lock()
 # The name of a parameter that holds a secret, without - and _.  The whole name: a secret
 # that is missed is hashed, but what is taken out in error gives one deployment's text
 # to another.
-_SECRET_PARAMETER = re.compile(
+_SECRET_PARAMETER = (
     "(?:x|xgoog|xamz|ocpapim)?(?:api|access|auth|client|functions|security|subscription)?"
     "(?:key|token|secret)|(?:xamz)?(?:sig|signature|credential)"
     "|auth|authorization|password|passwd|code"
@@ -9553,7 +9552,7 @@ def _address_asked(url: str) -> str:
 
 def _holds_secret(pair: str) -> bool:
     name = re.sub("[-_]", "", unquote(pair.partition("=")[0]))
-    return _SECRET_PARAMETER.fullmatch(name.lower()) is not None
+    return re.fullmatch(_SECRET_PARAMETER, name.lower()) is not None
 
 
 def _sum_with(before: bytes, kind: bytes, value: bytes) -> bytes:
