@@ -4947,6 +4947,9 @@ def _keep_alive_options() -> list[tuple[int, int, int]]:
 class _WatchedResponse(http.client.HTTPResponse):
     """A response that tells the guard whether anything of it came."""
 
+    #: Its finalizer looks at it, also where a socket could not give a file.
+    fp: Any = None
+
     def begin(self) -> None:
         asked, guard, came = _now(), _sending.guard, b""
         try:
