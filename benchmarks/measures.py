@@ -260,7 +260,7 @@ sys.path[:0] = sys.argv[1:]
 import peers, server
 from resilient_sse import ChatStream
 head, delta, tail = server.SHAPES["openai"]
-body = b"".join([*head(), delta(0, "x" * 2**23), *tail()])
+body = b"".join([*head(), delta(0, "x" * 2**23), *tail(1)])
 before = peers.peak()
 assert sum(map(len, ChatStream.replay(body))) == 2**23
 print((peers.peak() - before) / 2**23)"""
@@ -431,7 +431,7 @@ def _stream_cases() -> dict[str, tuple[Callable[[int], Any], list[int]]]:
         return b"".join(server.events("openai", n))
 
     def characters(n: int) -> bytes:
-        return b"".join([*head(), delta(0, "x" * n), *tail()])
+        return b"".join([*head(), delta(0, "x" * n), *tail(1)])
 
     return {
         "deltas of a whole stream": (deltas, _sizes(12)),
