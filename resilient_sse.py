@@ -4121,7 +4121,7 @@ class _Lesson(NamedTuple):
         """The string, or the number that it names, if the dialect does not read it."""
         data, dialect = self.event.data, self.dialect
         key, name = _key_before(data, token.start()), token.group()[1:-1]
-        if key in dialect.idle_keys and name:  # else it may be what is waited for
+        if key in dialect.idle_keys and (name or self._stays_idle(token)):
             return token.start() + 1, token.end() - 1, "idle"
         number = _JSON_NUMBER.match(data, token.end())
         if key is not None or number is None:
@@ -4129,6 +4129,12 @@ class _Lesson(NamedTuple):
         if name == dialect.cursor_key:
             return (*number.span(1), "cursor")
         return (*number.span(1), "number") if name in dialect.idle_keys else None
+
+    def _stays_idle(self, token: Any) -> bool:
+        """Whether an empty value would not be noted either, as an ID is, if it came."""
+        data = self.event.data
+        answer = self._read(f'{data[: token.start()]}"?"{data[token.end() :]}')
+        return answer is not None and "?" not in (answer.id, answer.model)
 
     def _text_holes(self, tokens: list[Any], text: str) -> list[tuple[int, int, str]]:
         """The values in whose place any other string would be the text."""

@@ -7679,6 +7679,17 @@ def test_a_dialect_that_looks_at_the_words_is_asked_for_each_event(cuts):
     assert stream.result.finish_reason == "stop"
 
 
+def test_padding_that_is_empty_now_and_then_is_padding(monkeypatch):
+    def event(padding):
+        choice = {"delta": {"content": "Hi"}}
+        return core_sse({"id": "c", "choices": [choice], "obfuscation": padding})
+
+    intake = rs._Intake(rs.DIALECTS["openai"], rs.Answer(), rs.Limits())
+    intake.feed(event("") * 2)
+    monkeypatch.setattr(intake._reader, "read", None)
+    assert len(intake.feed(event("") + event("abc"))) == 2
+
+
 def test_a_dialect_with_another_address_is_as_fast_as_its_parent(monkeypatch):
     lesson = core_event("openai", CORE_TEACHERS["openai"]).encode()
     intake = rs._Intake(CoreRenamed(), rs.Answer(), rs.Limits())
@@ -17882,7 +17893,7 @@ def test_what_a_server_sends_reaches_a_terminal_without_its_control_characters()
 # As curl tests itself: a shim counts the calls that a whole stream makes of socket,
 # ssl, sqlite3, os and threading; then the stream is run again for each of them, and
 # for each error that it can have.  Nothing is known of how the module is built.  In
-# full some 3,800 calls are failed; without ``slow`` it is a sample of them.
+# full some 4,300 calls are failed; without ``slow`` it is a sample of them.
 
 TORTURE_TEXT = "Es war einmal ein Bach, né 🐸, der bis zum Meer lief. Ende."
 TORTURE_PATIENT = (20, 20, 20, 20, 40)
