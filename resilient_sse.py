@@ -1467,7 +1467,7 @@ class Answer(_Kept):
         self.cursor: int | None = None
         self.skipped = 0
         self.hole = ""
-        self._counts = False
+        self._counts = False  # whether the numbers have ever risen
         self.resumed_at: int | None = None
         # Half a surrogate pair, by kind and choice, until its other half comes.
         self._held: dict[tuple[str, int], str] = {}
@@ -1622,11 +1622,13 @@ class Answer(_Kept):
 
         What was read before comes again after reattaching.  Behind a hole nothing has
         a place: ``cursor`` stays, and only what gives the answer whole can fill it.
+        A keepalive seen behind the cursor has, or has not, taken a number: both are
+        no hole.
         """
         cursor = self.cursor
         expected = 0 if cursor is None else cursor + 1
         if cursor is None and number == self.skipped + 1:
-            expected = 1  # so some count
+            expected = 1  # the first event has the number 1 on some servers
         if expected <= number <= expected + self.skipped:
             self._counts = cursor is not None
             self.cursor, self.skipped, self.resumed_at = number, 0, None
@@ -1635,10 +1637,13 @@ class Answer(_Kept):
             self.hole = self.hole or f"events {expected} to {number - 1} were lost"
             self.progress += 1
         elif self.resumed_at is None and not self._counts:
-            return True  # a server that gives all events the same number has none
+            return True  # it never rose: this server gives every event the same number
         elif self.resumed_at is None:
             self.hole = self.hole or f"two events have the number {number}"
         return False
+
+    # A part is a run of text, or several where parts come in turns.  The text itself
+    # is kept once, in the buffers: a part knows only where its runs begin and end.
 
     def begin_part(self, kind: str, part: Any) -> None:
         """What comes of that kind from now on, in choice 0, belongs to this part."""
@@ -1662,7 +1667,7 @@ class Answer(_Kept):
         said = self._said(kind, part)
         if said is None:
             return  # it cannot be compared, and its pieces are there
-        if said == "":
+        if said == "":  # no piece of it came: it stands behind all that did
             self.begin_part(kind, part)
         if self._growing.get(kind) == part:
             self._add_rest(kind, said, text)
@@ -1680,6 +1685,7 @@ class Answer(_Kept):
             return said == ""
         if said is None:
             return False
+        # Parts that came in turns are joined in another order than their pieces.
         in_turns = len(parts) > 1 and not whole.startswith(said)
         if in_turns and all(_is_same(self._said(kind, p), parts[p]) for p in parts):
             return True
@@ -5696,7 +5702,7 @@ class _Exchange(_Failures):
         super().__init__(session, request.host, deadlines, guard)
         self._request = request
         self._response: requests.Response | None = None
-        self._is_doubted = False  # its backend fails, and a new one may not
+        self._is_doubted = False  # it leads to a sick backend: a new one may not
         known = {*request.secrets, *_proxy_secrets(session), *_secrets_sent(session)}
         self.secrets: tuple[str, ...] = tuple(sorted(known, key=len, reverse=True))
         self.headers: Mapping[str, str] = {}
@@ -5712,7 +5718,7 @@ class _Exchange(_Failures):
         # Of a session that shows us no connection, nothing else can be said.
         self._guard.set(*self._deadlines.headers())
         try:
-            self._response = self._send_for_sure()
+            self._response = self._send_past_stale()
         except StreamingError:
             raise
         except _REQUEST_ERRORS as error:
@@ -5728,16 +5734,16 @@ class _Exchange(_Failures):
         self._begin(self._response)
 
     def _set_limit(self, phase: str) -> None:
-        deadlines = self._deadlines
-        is_connecting = phase == "connect"
-        self._guard.set(
-            *(deadlines.connect() if is_connecting else deadlines.headers())
-        )
+        limits = self._deadlines
+        limit = limits.connect() if phase == "connect" else limits.headers()
+        self._guard.set(*limit)
 
-    def _send_for_sure(self) -> requests.Response:
-        """Send it; and again if a kept connection turns out to have been closed.
+    def _send_past_stale(self) -> requests.Response:
+        """Send it; and again, once, if a kept connection turns out to have been closed.
 
-        The server has not read the request then, so that nothing is billed.
+        No byte of a response came, and the end came at once: the server had closed it
+        before it read the request, so that nothing is billed.  (One that reads it and
+        closes as soon cannot be told apart; it is asked once more.)
         """
         began = _now()
         try:
@@ -6405,7 +6411,7 @@ class _Loop:
         self.items: Iterator[Any] = iter(())
         self.failure: Exception | None = None
         self.closed = False
-        self.was_seen = False  # of the items whole: every kind was handed out
+        self.was_seen = False  # by a loop over all kinds of pieces, not text alone
         self._request: _Request | None = None
         self._unsaid = b""  # the end of what was read: perhaps a secret's beginning
         self._timeouts = timeouts
