@@ -6465,7 +6465,10 @@ class _Loop:
         """Whether the stream is closed; raises if another thread did it."""
         self.raise_again()
         if self.closed and not self._is_closed_by_reader and not self._is_over:
-            self._fail(StreamAbortedError(_CLOSED))
+            error = StreamAbortedError(_CLOSED)
+            if self.ledger.exchange is not None:  # closed between two of its reads
+                self._record(error)
+            self._fail(error)
         return self.closed
 
     def raise_again(self) -> None:

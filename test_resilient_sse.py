@@ -12679,6 +12679,20 @@ def test_close_from_another_thread_within_a_batch_aborts_with_the_exact_text() -
             again()
 
 
+def test_close_between_two_reads_is_in_the_history_like_one_within_a_read() -> None:
+    with FlakyServer("abcdefgh", ["stall-event:3"]) as server:
+        stream = streams_ask(base_url=server.url + "/v1")
+        assert [next(stream), next(stream)] == ["abcd", "efgh"]
+        closer = threading.Thread(target=stream.close)
+        closer.start()
+        closer.join()
+        with pytest.raises(rs.StreamAbortedError) as caught:
+            next(stream)
+        errors = [record.error for record in caught.value.history]
+        assert errors == ["StreamAbortedError"]
+        assert caught.value.text == "abcdefgh"
+
+
 @pytest.mark.parametrize("way", ["text", "deltas"])
 def test_close_from_another_thread_wakes_a_blocked_read(way: str) -> None:
     with FlakyServer("abcdefgh", ["stall-event:3"]) as server:
