@@ -14019,51 +14019,82 @@ def test_a_get_has_no_body_and_headers_of_the_caller_go_over_ours() -> None:
 # ---------------------------------------------------------------------------
 
 
-def note(what, data=None, *, stream=1, seconds=0.0, attempt=1, why=""):
+def note(what, data=None, stream=1, seconds=0.0, attempt=1, why=""):
     return rs.StreamRecord(what, stream, seconds, attempt, why, data)
 
 
-def begin(stream=1, **facts):
-    facts = {"model": "m", "dialect": "openai", "url": "https://api.test/v1", **facts}
-    return note("start", facts, stream=stream, attempt=0)
+def started(model="m", url="https://api.test/v1"):
+    return {"model": model, "dialect": "openai", "url": url}
 
 
-def said(text, *, kind="text", **place):
-    return note("token", rs.Delta(kind, text, 0, None), **place)
-
-
-def failure(type_=None, **facts):
-    error = (type_ or rs.StreamConnectionError)("it broke")
+def failure(type_=rs.StreamConnectionError, **facts):
+    error = type_("it broke")
     vars(error).update(facts)
     return error
 
 
-def retried(error=None, *, wait=1.0, action="continue", what="retry", **place):
-    facts = {"error": error or failure(), "wait": wait, "action": action}
-    return note(what, facts, **place)
+def retried(error=None, *, action="continue"):
+    return {"error": error or failure(), "wait": 1.0, "action": action}
 
 
-def feed(observer, *records):
-    for record in records:
-        getattr(observer, "on_" + record.what)(record)
+def asked(**headers):
+    url = "https://user:pw@api.test/v1/chat?key=" + SECRET
+    facts = {"method": "POST", "action": "start", "url": url, "body_bytes": 312}
+    return {**facts, "headers": headers}
 
 
-def chat_body(*texts, end="stop"):
-    """The raw bytes of a chat completion that streams these texts."""
-    lines = [{"choices": [{"index": 0, "delta": {"content": t}}]} for t in texts]
-    lines.append({"choices": [{"index": 0, "delta": {}, "finish_reason": end}]})
-    events = [f"data: {json.dumps(line)}\n\n" for line in lines]
-    return ("".join(events) + "data: [DONE]\n\n").encode()
+def result_of(**fields):
+    return SimpleNamespace(**{"finish_reason": "stop", "seams": (), **fields})
 
 
-def cut_body(*texts):
-    """The same, broken off before its end."""
-    return chat_body(*texts).split(b'data: {"choices": [{"index": 0, "delta": {}')[0]
+def failed_so(words):
+    return failure(getattr(rs, words or "StreamConnectionError"))
+
+
+#: What a record of a story is called -> the record's own name, and what it holds.
+STORY_RECORDS = {
+    "start": ("start", lambda words: started(*words.split())),
+    "request": ("request", lambda words: asked()),
+    "response": ("response", lambda w: {"status": int(w or 200), "headers": {}}),
+    "chunk": ("chunk", str.encode),
+    "event": ("event", lambda w: rs.ServerSentEvent(w.split(" ")[0], w[-2:], "")),
+    "text": ("token", lambda words: rs.Delta("text", words, 0, None)),
+    "reasoning": ("token", lambda words: rs.Delta("reasoning", words, 0, None)),
+    "retry": ("retry", lambda words: retried(failed_so(words))),
+    "restart": ("restart", lambda words: retried()),
+    "complete": ("complete", lambda words: result_of()),
+    "error": ("error", failed_so),
+}
+
+
+def feed(observer, *story):
+    """Tell an observer a story: records, or words such as ``@2 0.5 text Hi; @1 retry``:
+    the stream, the seconds (both hold for what follows, too), what, and what of it;
+    behind a bar stands why."""
+    stream, seconds, attempt = 1, 0.0, 0
+    parts = [part.split("; ") if isinstance(part, str) else [part] for part in story]
+    for words in itertools.chain(*parts):
+        if isinstance(words, str):
+            form = r"(?:@(\d+) )?(?:([\d.]+) )?(\w+) ?([^|]*)(?:\|(.*))?"
+            where, when, name, more, why = re.fullmatch(form, words, re.DOTALL).groups()
+            stream = int(where or stream)
+            what, hold = STORY_RECORDS[name]
+            seconds = float(when or (0 if name == "start" else seconds))
+            attempt = 0 if name == "start" else attempt + (name == "request")
+            words = note(what, hold(more), stream, seconds, attempt, why or "")
+        getattr(observer, "on_" + words.what)(words)
+
+
+def chosen(report, names):
+    return [report[name] for name in names.split()]
+
+
+chat_body = streams_events
+cut_body = functools.partial(streams_events, ends=False)
 
 
 class Clock:
-    def __init__(self):
-        self.now = 1000.0
+    now = 1000.0
 
     def __call__(self):
         return self.now
@@ -14081,20 +14112,15 @@ def monitor(clock, monkeypatch):
 
 
 def test_a_monitor_counts_streams_by_how_they_ended(monitor):
-    feed(monitor, *(begin(n) for n in range(5)))
-    feed(monitor, note("complete", stream=0), note("complete", stream=1))
-    feed(monitor, note("error", failure(), stream=2))
-    feed(monitor, note("error", failure(rs.StreamAbortedError), stream=3))
+    feed(monitor, "start; @2 start; @3 start; @4 start; @5 start")
+    feed(monitor, "complete; @2 complete; @3 error; @4 error StreamAbortedError")
     report = monitor.report()
-    counts = {name: report[name] for name in ("started", "completed", "failed")}
-    assert counts == {"started": 5, "completed": 2, "failed": 1}
-    assert (report["closed"], report["active"]) == (1, 1)
+    assert chosen(report, "started completed failed closed active") == [5, 2, 1, 1, 1]
 
 
 def test_a_stream_that_its_caller_left_is_neither_success_nor_failure(monitor):
-    feed(monitor, begin(1), begin(2), begin(3), note("complete", stream=1))
-    feed(monitor, note("error", failure(), stream=2))
-    feed(monitor, note("error", failure(rs.StreamAbortedError), stream=3))
+    feed(monitor, "start; @2 start; @3 start; @1 complete")
+    feed(monitor, "@2 error; @3 error StreamAbortedError")
     report = monitor.report()
     assert report["success_rate"] == 0.5
     assert report["errors_by_type"] == {"StreamConnectionError": 1}
@@ -14102,72 +14128,53 @@ def test_a_stream_that_its_caller_left_is_neither_success_nor_failure(monitor):
 
 def test_what_was_never_seen_is_none_and_not_zero(monitor):
     report = monitor.report()
-    assert report["success_rate"] is None
-    assert report["average_retries"] is None
-    assert report["average_seconds"] is None
-    assert report["average_bytes"] is None
+    means = "success_rate average_retries average_seconds average_bytes"
+    assert chosen(report, means) == [None] * 4
     assert report["seconds"] == {"p50": None, "p90": None, "p99": None}
 
 
 def test_deltas_and_bytes_of_a_running_stream_count_at_once(monitor):
-    feed(monitor, begin(), note("chunk", b"12345"), said("a"), said("b"))
-    report = monitor.report()
-    assert (report["tokens"], report["bytes"]) == (2, 5)
-    assert report["streams"][0]["tokens"] == 2
-    feed(monitor, note("complete"))
-    report = monitor.report()
-    assert (report["tokens"], report["bytes"]) == (2, 5)
+    feed(monitor, "start; chunk 12345; text a; text b")
+    assert chosen(monitor.report(), "tokens bytes") == [2, 5]
+    assert monitor.report()["streams"][0]["tokens"] == 2
+    feed(monitor, "complete")
+    assert chosen(monitor.report(), "tokens bytes") == [2, 5]
 
 
 def test_averages_are_over_ended_streams(monitor):
-    feed(monitor, begin(1), note("chunk", b"1" * 100), retried(seconds=1.0))
-    feed(monitor, note("complete", seconds=3.0), begin(2))
-    feed(monitor, note("chunk", b"1" * 300, stream=2))
+    feed(monitor, f"start; chunk {'1' * 100}; 1 retry; 3 complete")
+    feed(monitor, f"@2 start; chunk {'1' * 300}")
     report = monitor.report()
-    assert report["average_seconds"] == 3.0
-    assert report["average_bytes"] == 100
-    assert report["average_retries"] == 0.5
-    assert report["retries"] == 1
+    names = "average_seconds average_bytes average_retries retries"
+    assert chosen(report, names) == [3.0, 100, 0.5, 1]
 
 
 def test_the_report_goes_through_json_unchanged(monitor):
-    feed(monitor, begin(model="m\u00f6del"), said("x"), retried())
-    feed(monitor, note("error", failure(), why="gone"))
+    feed(monitor, "start m\u00f6del; text x; retry; error|gone")
     report = monitor.report()
     assert json.loads(json.dumps(report, allow_nan=False)) == report
 
 
 def test_a_table_row_tells_one_stream(monitor, clock):
-    feed(monitor, begin(7), note("chunk", b"123"), said("x", stream=7, seconds=0.5))
-    feed(monitor, note("chunk", b"123", stream=7), retried(stream=7))
+    feed(monitor, "@7 start; @1 chunk 123; @7 0.5 text x; 0 chunk 123; retry")
     clock.now += 4.0
-    assert monitor.report()["streams"] == [
-        {
-            "stream": 7,
-            "model": "m",
-            "dialect": "openai",
-            "state": "active",
-            "seconds": 4.0,
-            "first_token_seconds": 0.5,
-            "tokens": 1,
-            "bytes": 3,
-            "retries": 1,
-            "error": None,
-        }
-    ]
+    row = {"stream": 7, "model": "m", "dialect": "openai", "state": "active"}
+    row.update(seconds=4.0, first_token_seconds=0.5, tokens=1, bytes=3, retries=1)
+    assert monitor.report()["streams"] == [{**row, "error": None}]
 
 
 def test_a_failed_stream_shows_its_error_in_the_table(monitor):
-    feed(monitor, begin(), note("error", failure(), seconds=2.5, why="reset by peer"))
+    feed(monitor, "start; 2.5 error|reset by peer")
     row = monitor.report()["streams"][0]
-    assert (row["state"], row["seconds"]) == ("failed", 2.5)
-    assert row["error"] == "StreamConnectionError: reset by peer"
+    told = ["failed", 2.5, "StreamConnectionError: reset by peer"]
+    assert chosen(row, "state seconds error") == told
 
 
 def test_streams_stand_newest_first_and_the_table_is_bounded(monitor):
     for n in range(200):
-        feed(monitor, begin(n), note("complete", stream=n))
-    feed(monitor, *(begin(n) for n in range(200, 400)))
+        feed(monitor, f"@{n} start; complete")
+    for n in range(200, 400):
+        feed(monitor, f"@{n} start")
     numbers = [row["stream"] for row in monitor.report()["streams"]]
     assert numbers == list(range(399, 349, -1)) + list(range(199, 149, -1))
 
@@ -14175,7 +14182,7 @@ def test_streams_stand_newest_first_and_the_table_is_bounded(monitor):
 def test_kinds_of_errors_are_bounded(monitor):
     for n in range(300):
         error = failure(type(f"Error{n}", (rs.StreamingError,), {}))
-        feed(monitor, begin(n), note("error", error, stream=n))
+        feed(monitor, f"@{n} start", note("error", error, stream=n))
     report = monitor.report()
     assert sum(report["errors_by_type"].values()) == report["failed"] == 300
     assert len(report["errors_by_type"]) <= 51
@@ -14183,12 +14190,12 @@ def test_kinds_of_errors_are_bounded(monitor):
 
 
 def test_common_errors_rank_the_retried_and_the_fatal_together(monitor):
-    slow = failure(rs.StreamTimeoutError, kind="idle")
-    feed(monitor, begin(1), retried(slow), retried(slow), note("error", failure()))
+    slow = note("retry", retried(failure(rs.StreamTimeoutError, kind="idle")))
+    feed(monitor, "start", slow, slow, "error")
     report = monitor.report()
-    assert report["common_errors"] == [
-        {"error": "StreamTimeoutError idle", "count": 2},
-        {"error": "StreamConnectionError", "count": 1},
+    assert [(each["error"], each["count"]) for each in report["common_errors"]] == [
+        ("StreamTimeoutError idle", 2),
+        ("StreamConnectionError", 1),
     ]
     assert report["retries_by_type"] == {"StreamTimeoutError": 2}
     assert report["errors_by_type"] == {"StreamConnectionError": 1}
@@ -14207,7 +14214,7 @@ def test_quantiles_are_within_five_percent(spread):
 
 
 def test_one_value_is_its_own_quantile(monitor):
-    feed(monitor, begin(), said("x", seconds=0.25), note("complete", seconds=0.75))
+    feed(monitor, "start; 0.25 text x; 0.75 complete")
     report = monitor.report()
     assert set(report["seconds"].values()) == {0.75}
     assert set(report["first_token_seconds"].values()) == {0.25}
@@ -14223,26 +14230,25 @@ def test_a_histogram_stays_small_whatever_comes():
 
 
 def test_the_wait_before_a_retry_is_no_gap_between_deltas(monitor):
-    feed(monitor, begin(), said("a", seconds=1.0), said("b", seconds=1.5))
-    feed(monitor, retried(seconds=2.0), said("c", seconds=60.0, attempt=2))
+    feed(monitor, "start; 1 text a; 1.5 text b; 2 retry; 60 text c")
     assert monitor.report()["gaps"] == {"p50": 0.5, "p90": 0.5, "p99": 0.5}
 
 
 def test_gaps_count_the_same_while_a_stream_runs_and_after(monitor):
-    feed(monitor, begin(), *(said("x", seconds=n / 8) for n in range(50)))
+    feed(monitor, "; ".join(["start", *(f"{n / 8} text x" for n in range(50))]))
     running = monitor.report()["gaps"]
-    feed(monitor, note("complete", seconds=9.0))
+    feed(monitor, "9 complete")
     assert monitor.report()["gaps"] == running == dict.fromkeys(running, 0.125)
 
 
 def test_the_newest_gaps_are_in_the_report_at_once(monitor):
-    feed(monitor, begin(), said("a", seconds=0.2), said("b", seconds=0.5))
+    feed(monitor, "start; 0.2 text a; 0.5 text b")
     assert monitor.report()["gaps"]["p50"] == pytest.approx(0.3)
 
 
 def test_percentiles_are_what_their_names_say(monitor):
     for n in range(1, 101):
-        feed(monitor, begin(n), note("complete", stream=n, seconds=float(n)))
+        feed(monitor, f"@{n} start; {n} complete")
     expected = {"p50": 50, "p90": 90, "p99": 99}
     assert monitor.report()["seconds"] == pytest.approx(expected, rel=0.05)
 
@@ -14250,10 +14256,9 @@ def test_percentiles_are_what_their_names_say(monitor):
 def test_on_change_gets_the_report_at_start_retry_and_end_only():
     seen = []
     watched = rs.StreamMonitor(on_change=seen.append)
-    feed(watched, begin(), note("chunk", b"x"), said("x"), retried())
-    feed(watched, said("y"), note("complete"))
-    states = [(r["active"], r["retries"], r["completed"]) for r in seen]
-    assert states == [(1, 0, 0), (1, 1, 0), (0, 1, 1)]
+    feed(watched, "start; chunk x; text x; retry; text y; complete")
+    states = [chosen(report, "active retries completed") for report in seen]
+    assert states == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
 
 
 def test_on_change_is_called_outside_the_lock():
@@ -14261,18 +14266,18 @@ def test_on_change_is_called_outside_the_lock():
         asker = threading.Thread(target=watched.report, daemon=True)
         asker.start()
         asker.join(10)
-        answered.append(not asker.is_alive())
+        alive.append(asker.is_alive())
 
-    answered = []
+    alive = []
     watched = rs.StreamMonitor(on_change=ask_from_another_thread)
-    feed(watched, begin(), retried(), note("complete"))
-    assert answered == [True, True, True]
+    feed(watched, "start; retry; complete")
+    assert alive == [False, False, False]
 
 
 def test_a_stream_collected_while_the_lock_is_held_does_not_lock_up(monitor):
-    feed(monitor, begin())
+    feed(monitor, "start")
     with monitor._lock:  # a garbage collection may come anywhere
-        feed(monitor, note("error", failure(rs.StreamAbortedError)))
+        feed(monitor, "error StreamAbortedError")
     assert monitor.report()["closed"] == 1
 
 
@@ -14281,11 +14286,8 @@ def test_counts_are_exact_with_many_threads():
 
     def work(first):
         for stream in range(first, first + 25):
-            feed(watched, begin(stream))
-            for n in range(40):
-                chunk = note("chunk", b"1234", stream=stream)
-                feed(watched, chunk, said("x", stream=stream, seconds=n / 100))
-            feed(watched, note("complete", stream=stream, seconds=1.0))
+            deltas = [f"{n / 100} chunk 1234; text x" for n in range(40)]
+            feed(watched, "; ".join([f"@{stream} start", *deltas, "1 complete"]))
 
     threads = [threading.Thread(target=work, args=(1000 * n,)) for n in range(8)]
     for thread in threads:
@@ -14293,104 +14295,92 @@ def test_counts_are_exact_with_many_threads():
     while any(thread.is_alive() for thread in threads):
         watched.report()
     report = watched.report()
-    assert (report["started"], report["completed"], report["active"]) == (200, 200, 0)
-    assert (report["tokens"], report["bytes"]) == (8000, 32000)
+    names = "started completed active tokens bytes"
+    assert chosen(report, names) == [200, 200, 0, 8000, 32000]
     assert sum(slot["tokens"] for slot in report["series"]) == 8000
 
 
 def test_records_of_a_stream_whose_start_was_not_seen_are_ignored(monitor):
-    feed(monitor, note("chunk", b"x"), said("x"), retried(), note("complete"))
-    report = monitor.report()
-    assert (report["tokens"], report["retries"], report["completed"]) == (0, 0, 0)
+    feed(monitor, "chunk x; text x; retry; complete")
+    assert chosen(monitor.report(), "tokens retries completed") == [0, 0, 0]
 
 
 def test_the_series_holds_the_last_five_minutes(monitor, clock):
-    feed(monitor, begin(1), note("chunk", b"x" * 10), said("x", seconds=2.0))
+    feed(monitor, "start; chunk 1234567890; 2 text x")
     clock.now += 3600
-    feed(monitor, begin(2), note("complete", stream=1, seconds=8.0))
+    feed(monitor, "@2 start; @1 8 complete")
     clock.now += 10
     report = monitor.report()
     slots = report["series"]
     assert len(slots) * report["series_step_seconds"] == 300
     assert [slot["ago"] for slot in slots[-2:]] == [5.0, 0.0]
     assert sum(slot["started"] for slot in slots) == 1
-    feed(monitor, retried(stream=2))
+    assert (slots[-3]["seconds"], slots[-1]["active"]) == (8.0, 1)
+    feed(monitor, "@2 retry")
     assert monitor.report()["series"][-1]["retries"] == 1
-    assert slots[-3]["seconds"] == 8.0
-    assert slots[-1]["active"] == 1
 
 
 def test_rates_are_over_the_last_seconds(monitor, clock):
-    feed(monitor, begin(), note("chunk", b"x" * 50))
+    feed(monitor, "start; chunk " + "x" * 50)
     clock.now += 5.0
-    feed(monitor, *(said("x", seconds=2.0 + n) for n in range(10)))
+    feed(monitor, "; ".join(f"{2.0 + n} text x" for n in range(10)))
     assert monitor.report()["tokens_per_second"] == 2.0
     clock.now += 60
     assert monitor.report()["tokens_per_second"] == 0.0
 
 
 def parsed_metrics(text):
+    """What Prometheus reads: the families, and a value for (name, *labels)."""
     parser = pytest.importorskip("prometheus_client.parser")
     families = list(parser.text_string_to_metric_families(text))
-    samples = {}
-    for family in families:
-        for sample in family.samples:
-            samples[(sample.name, *sample.labels.values())] = sample.value
-    return families, samples
+    samples = [sample for family in families for sample in family.samples]
+    values = {(each.name, *each.labels.values()): each.value for each in samples}
+    return families, {
+        (key[0][len("resilient_sse_") :], *key[1:]): v for key, v in values.items()
+    }
 
 
 def test_prometheus_parses_the_metrics(monitor):
-    feed(monitor, begin(1), begin(2), note("chunk", b"12345"), retried(), begin(3))
-    feed(monitor, said("a", seconds=0.5), said("b", seconds=0.75))
-    feed(monitor, note("complete", seconds=2.0))
-    feed(monitor, note("error", failure(), stream=2, seconds=20.0))
+    feed(monitor, "start; @2 start; @1 chunk 12345; retry; @3 start; @1 0.5 text a")
+    feed(monitor, "0.75 text b; 2 complete; @2 20 error")
     families, samples = parsed_metrics(monitor.prometheus())
     assert all(family.documentation for family in families)
-    kinds = {family.type for family in families}
-    assert kinds == {"counter", "gauge", "histogram"}
-    assert samples["resilient_sse_active_streams",] == 1
-    assert samples["resilient_sse_started_total",] == 3
-    assert samples["resilient_sse_ended_total", "completed"] == 1
-    assert samples["resilient_sse_errors_total", "StreamConnectionError"] == 1
-    assert samples["resilient_sse_tokens_total",] == 2
-    assert samples["resilient_sse_bytes_total",] == 5
-    assert samples["resilient_sse_first_token_seconds_sum",] == 0.5
+    assert {family.type for family in families} == {"counter", "gauge", "histogram"}
+    assert samples["active_streams",] == samples["ended_total", "completed"] == 1
+    assert samples["errors_total", "StreamConnectionError"] == 1
+    assert (samples["started_total",], samples["tokens_total",]) == (3, 2)
+    assert samples["bytes_total",] == 5
+    assert samples["first_token_seconds_sum",] == 0.5
 
 
 def test_prometheus_histograms_are_cumulative_and_end_in_their_count(monitor):
     for n, seconds in enumerate((0.5, 1.0, 5.0, 5000.0)):
-        feed(monitor, begin(n), note("complete", stream=n, seconds=seconds))
+        feed(monitor, f"@{n} start; {seconds} complete")
     _, samples = parsed_metrics(monitor.prometheus())
-    name = "resilient_sse_stream_seconds"
-    buckets = [v for key, v in samples.items() if key[0] == name + "_bucket"]
-    assert buckets == sorted(buckets)
-    assert samples[name + "_bucket", "+Inf"] == samples[name + "_count",] == 4
-    assert samples[name + "_bucket", "1"] == 2
-    assert samples[name + "_bucket", "1000"] == 3
-    edges = [float(key[1]) for key in samples if key[0] == name + "_bucket"]
+    buckets = {k[1]: v for k, v in samples.items() if k[0] == "stream_seconds_bucket"}
+    assert list(buckets.values()) == sorted(buckets.values())
+    assert buckets["+Inf"] == samples["stream_seconds_count",] == 4
+    assert (buckets["1"], buckets["1000"]) == (2, 3)
+    edges = [float(edge) for edge in buckets]
     assert edges[::3] == [0.001, 0.01, 0.1, 1, 10, 100, 1000]
     assert edges[-1] == math.inf and len(edges) == 20
 
 
 def test_prometheus_labels_are_escaped(monitor):
     name = 'Odd"\\\nError'
-    error = failure(type(name, (rs.StreamingError,), {}))
-    feed(monitor, begin(), note("error", error))
-    _, samples = parsed_metrics(monitor.prometheus())
-    assert samples["resilient_sse_errors_total", name] == 1
+    feed(monitor, "start", note("error", failure(type(name, (rs.StreamingError,), {}))))
+    assert parsed_metrics(monitor.prometheus())[1]["errors_total", name] == 1
 
 
 def test_the_monitor_shows_itself_in_a_notebook_with_names_escaped(monitor):
-    feed(monitor, begin(model="<script>"), note("error", failure(), why="<b>"))
+    feed(monitor, "start <script>; error|<b>")
     page = monitor._repr_html_()
-    assert "<table>" in page
-    assert "&lt;script&gt;" in page and "&lt;b&gt;" in page
+    assert all(text in page for text in ("<table>", "&lt;script&gt;", "&lt;b&gt;"))
     assert "<script>" not in page and "<b>" not in page
 
 
 def test_a_printed_monitor_names_figures_and_errors(monitor):
-    feed(monitor, begin(1), begin(2), note("complete", seconds=2.0))
-    feed(monitor, note("error", failure(), stream=2))
+    feed(monitor, "start; @2 start; @1 2 complete; @2 0 error")
     text = str(monitor)
     assert re.search(r"success rate +50\.0%", text)
     assert "1 x StreamConnectionError" in text
@@ -14403,8 +14393,8 @@ def test_a_monitor_watches_real_streams():
     stream.observe(watched)
     assert "".join(stream) == "abc"
     report = watched.report()
-    assert (report["completed"], report["tokens"], report["active"]) == (1, 3, 0)
-    assert report["bytes"] == len(chat_body("a", "b", "c"))
+    size = len(chat_body("a", "b", "c"))
+    assert chosen(report, "completed tokens active bytes") == [1, 3, 0, size]
     broken = rs.ChatStream.replay(cut_body("a"))
     broken.observe(watched)
     with pytest.raises(rs.IncompleteStreamError):
@@ -14420,30 +14410,11 @@ SECRET = "sk-proj-abcdefghijklmnop"
 ANSWER = "Xyzzy!"
 
 
-def asked(attempt=1, *, action="start", seconds=0.0, **headers):
-    facts = {
-        "method": "POST",
-        "url": "https://user:pw@api.test/v1/chat?key=" + SECRET,
-        "action": action,
-        "headers": headers,
-        "body_bytes": 312,
-    }
-    return note("request", facts, attempt=attempt, seconds=seconds)
-
-
-def answered(status=200, *, attempt=1, seconds=0.1, **headers):
-    facts = {"status": status, "headers": headers}
-    return note("response", facts, attempt=attempt, seconds=seconds)
-
-
-def result_of(**fields):
-    return types.SimpleNamespace(
-        **{"finish_reason": "stop", "seams": (), "usage": None, **fields}
-    )
-
-
-def arrived(data, *, seconds, attempt=1):
-    return note("chunk", data, seconds=seconds, attempt=attempt)
+def trace_of(*story, **options):
+    """A trace that was told a story, which begins when a request has been answered."""
+    trace = rs.StreamTrace(**options)
+    feed(trace, "start; request; response", *story)
+    return trace
 
 
 def timeline(trace):
@@ -14452,53 +14423,46 @@ def timeline(trace):
     return [(row[3], float(row[1]), int(row[2])) for row in rows if row]
 
 
+def named_in(trace):
+    return [row[0] for row in timeline(trace)]
+
+
 def test_a_timeline_tells_the_life_of_a_stream():
     trace = rs.StreamTrace()
-    feed(trace, begin(), asked(), answered(seconds=0.2), arrived(b"x", seconds=0.5))
-    feed(trace, said("Hello", seconds=0.5), arrived(b"y", seconds=4.0))
-    feed(trace, retried(seconds=4.5, why="dropped"))
-    feed(trace, asked(2, seconds=5.5))
-    feed(trace, answered(attempt=2, seconds=5.6), arrived(b"z", seconds=6, attempt=2))
-    feed(trace, said("!", seconds=6.0, attempt=2))
-    feed(trace, note("complete", result_of(seams=(5,)), seconds=7.0, attempt=2))
+    feed(
+        trace,
+        "start; request; 0.2 response; 0.5 chunk x; text Hello; 4 chunk y; "
+        "4.5 retry|dropped; 5.5 request; 5.6 response; 6 chunk z; text !",
+        note("complete", result_of(seams=(5,)), seconds=7.0, attempt=2),
+    )
     assert timeline(trace) == [
-        ("start", 0.0, 0),
-        ("request", 0.0, 1),
-        ("response", 0.2, 1),
-        ("first byte", 0.5, 1),
-        ("first delta", 0.5, 1),
-        ("gap", 4.0, 1),
-        ("retry", 4.5, 1),
-        ("request", 5.5, 2),
-        ("response", 5.6, 2),
-        ("first byte", 6.0, 2),
-        ("seam", 6.0, 2),
-        ("complete", 7.0, 2),
+        *[("start", 0.0, 0), ("request", 0.0, 1), ("response", 0.2, 1)],
+        *[("first byte", 0.5, 1), ("first delta", 0.5, 1), ("gap", 4.0, 1)],
+        *[("retry", 4.5, 1), ("request", 5.5, 2), ("response", 5.6, 2)],
+        *[("first byte", 6.0, 2), ("seam", 6.0, 2), ("complete", 7.0, 2)],
     ]
-    assert "goes on after character 5" in trace.report()
-    assert "dropped; wait=1.0 error=StreamConnectionError" in trace.report()
-    assert "kept_characters=5" in trace.report()
-    assert "first byte   1 bytes, 0.300 s after the headers" in trace.report()
-    assert "first delta  text, 0.500 s after the request" in trace.report()
+    report = trace.report()
+    assert "goes on after character 5" in report
+    assert "dropped; wait=1.0 error=StreamConnectionError" in report
+    assert "kept_characters=5" in report
+    assert "first byte   1 bytes, 0.300 s after the headers" in report
+    assert "first delta  text, 0.500 s after the request" in report
 
 
 def test_a_summary_counts_what_came():
-    trace = rs.StreamTrace()
-    feed(trace, begin(), asked(), answered(), arrived(b"12345", seconds=0.5))
-    feed(trace, note("event", rs.ServerSentEvent("message", "{}", "")))
-    feed(trace, said("Hi", seconds=0.5), said("th", kind="reasoning", seconds=0.6))
+    trace = trace_of(
+        "0.5 chunk 12345; event message {}; text Hi; 0.6 reasoning th; retry"
+    )
     usage = rs.Usage(12, None, {})
-    feed(trace, retried(), note("complete", result_of(usage=usage), seconds=2.5))
+    feed(trace, note("complete", result_of(usage=usage), seconds=2.5))
     facts = trace.summary()
-    assert facts["model"] == "m" and facts["dialect"] == "openai"
-    assert facts["end"] == "complete (stop)"
-    assert (facts["seconds"], facts["first_byte_seconds"]) == (2.5, 0.5)
-    assert facts["first_token_seconds"] == 0.5
-    assert (facts["requests"], facts["retries"], facts["bytes"]) == (1, 1, 5)
-    assert (facts["chunks"], facts["events"]) == (1, 1)
+    assert chosen(facts, "model dialect end") == ["m", "openai", "complete (stop)"]
+    times = "seconds first_byte_seconds first_token_seconds"
+    assert chosen(facts, times) == [2.5, 0.5, 0.5]
+    counts = "requests retries bytes chunks events input_tokens output_tokens"
+    assert chosen(facts, counts) == [1, 1, 5, 1, 1, 12, None]
     assert facts["deltas"] == {"text": 1, "reasoning": 1}
     assert facts["characters"] == {"text": 2, "reasoning": 2}
-    assert (facts["input_tokens"], facts["output_tokens"]) == (12, None)
     assert "input tokens   12" in trace.report()
     assert "output tokens" not in trace.report()
     for name in (rs.__version__, platform.python_version(), requests.__version__):
@@ -14507,123 +14471,98 @@ def test_a_summary_counts_what_came():
 
 def test_a_trace_holds_neither_secret_nor_text(tmp_path):
     trace = rs.StreamTrace()
-    secret_headers = {
-        name: SECRET + name
-        for name in (
-            "Authorization",
-            "api-key",
-            "X-Api-Key",
-            "x-goog-api-key",
-            "Cookie",
-            "My-Token",
-            "X-Secret-Thing",
-        )
-    }
-    feed(trace, begin(url="https://api.test/v1?key=" + SECRET), asked(**secret_headers))
-    feed(trace, answered(**{"Set-Cookie": SECRET, "x-request-id": "req_1"}))
-    feed(trace, arrived(chat_body(ANSWER), seconds=1.0), said(ANSWER, seconds=1.0))
-    feed(trace, note("event", rs.ServerSentEvent("message", ANSWER, ANSWER)))
-    feed(trace, retried(why=f"Incorrect API key provided: {SECRET}"))
-    feed(trace, note("restart", retried().data))
-    feed(trace, note("error", failure(text=ANSWER), why="failed: Bearer abcdefghij"))
+    names = "Authorization api-key X-Api-Key x-goog-api-key Cookie My-Token"
+    secret = {name: SECRET + name for name in [*names.split(), "X-Secret-Thing"]}
+    answered = {"Set-Cookie": SECRET, "x-request-id": "req_1"}
+    feed(
+        trace,
+        note("start", started(url="https://api.test/v1?key=" + SECRET)),
+        note("request", asked(**secret)),
+        note("response", {"status": 200, "headers": answered}),
+        note("chunk", chat_body(ANSWER), seconds=1.0),
+        f"1 text {ANSWER}",
+        note("event", rs.ServerSentEvent("message", ANSWER, ANSWER)),
+        f"retry|Incorrect API key provided: {SECRET}; restart",
+        note("error", failure(text=ANSWER), why="failed: Bearer abcdefghij"),
+    )
     trace.save(str(tmp_path / "trace.jsonl"))
     for text in (trace.report(), (tmp_path / "trace.jsonl").read_text()):
-        assert SECRET not in text
-        assert ANSWER not in text
-        assert "user:pw" not in text
-        assert "abcdefghij" not in text
+        assert not [w for w in (SECRET, ANSWER, "user:pw", "abcdefghij") if w in text]
         assert "req_1" in text
 
 
 def test_rate_limits_count_tokens_and_are_shown():
     trace = rs.StreamTrace()
-    feed(trace, begin(), asked(), answered(**{"x-ratelimit-remaining-tokens": "149"}))
+    headers = {"x-ratelimit-remaining-tokens": "149"}
+    answered = note("response", {"status": 200, "headers": headers})
+    feed(trace, "start; request", answered)
     assert "x-ratelimit-remaining-tokens: 149" in trace.report()
 
 
+def saved_lines(trace, path):
+    trace.save(path)
+    return [json.loads(line) for line in path.read_bytes().decode("ascii").splitlines()]
+
+
 def test_a_long_trace_keeps_its_first_and_last_part(tmp_path):
-    trace = rs.StreamTrace(first=3, last=4)
-    feed(trace, begin(), asked(), answered())
-    for n in range(100):
-        feed(trace, arrived(b"x", seconds=10.0 * n))
-    feed(trace, note("error", failure(), seconds=2000.0))
-    rows = timeline(trace)
-    assert [row[0] for row in rows[:4]] == ["start", "request", "response", "left out"]
-    assert [row[0] for row in rows[4:]] == ["gap", "gap", "gap", "error"]
+    chunks = "; ".join(f"{10.0 * n} chunk x" for n in range(100))
+    trace = trace_of(f"{chunks}; 2000 error", first=3, last=4)
+    assert named_in(trace)[:4] == ["start", "request", "response", "left out"]
+    assert named_in(trace)[4:] == ["gap", "gap", "gap", "error"]
     assert "97 entries left out here" in trace.report()
-    trace.save(tmp_path / "trace.jsonl")
-    saved_lines = (tmp_path / "trace.jsonl").read_text().splitlines()
-    lines = [json.loads(line) for line in saved_lines]
+    lines = saved_lines(trace, tmp_path / "trace.jsonl")
     assert len(lines) == 1 + 8 + 8
     assert [line["what"] for line in lines].count("left out") == 2
     assert trace.summary()["chunks"] == 100
 
 
 def test_nothing_is_said_to_be_left_out_of_a_trace_that_just_fits():
-    trace = rs.StreamTrace(first=2, last=2)
-    feed(trace, begin(), asked(), answered(), note("complete", result_of()))
-    assert "left out" not in trace.report()
+    assert "left out" not in trace_of("complete", first=2, last=2).report()
 
 
 def test_many_pings_take_one_line():
-    trace = rs.StreamTrace()
-    feed(trace, begin(), asked(), answered(seconds=0.0))
-    for n in range(1, 40):
-        feed(trace, arrived(b": keep-alive\n\n", seconds=n / 2))
-    for n in range(40, 60):
-        feed(trace, arrived(b"event: ping\ndata: {}\n\n", seconds=n / 2))
-        event = rs.ServerSentEvent("ping", "{}", "")
-        feed(trace, note("event", event, seconds=n / 2))
-    assert [row[0] for row in timeline(trace)].count("ping") == 1
+    comments = (f"{n / 2} chunk : keep-alive\n\n" for n in range(1, 40))
+    event = "chunk event: ping\ndata: {}\n\n; event ping {}"
+    events = (f"{n / 2} {event}" for n in range(40, 60))
+    trace = trace_of("; ".join([*comments, *events]))
+    assert named_in(trace).count("ping") == 1
     assert "count=59 until=29.5" in trace.report()
     assert trace.summary()["pings"] == 59
 
 
 def test_a_colon_inside_a_line_is_no_ping():
-    trace = rs.StreamTrace()
-    feed(trace, begin(), asked(), answered())
-    feed(trace, arrived(b"data", seconds=0.1), arrived(b": x\n\n", seconds=0.2))
+    trace = trace_of("0.1 chunk data; 0.2 chunk : x\n\n")
     assert trace.summary()["pings"] == 0
 
 
 def test_silence_under_pings_is_a_gap_between_deltas():
-    trace = rs.StreamTrace(gap=2.0)
-    feed(trace, begin(), asked(), answered(), arrived(b"x", seconds=0.5))
-    feed(trace, said("a", seconds=0.5), arrived(b": ping\n\n", seconds=2.0))
-    feed(trace, arrived(b"x", seconds=3.5), said("b", seconds=3.5))
+    chunks = "0.5 chunk x; text a; 2 chunk : ping\n\n; 3.5 chunk x; text b"
+    trace = trace_of(chunks, gap=2.0)
     assert ("gap", 3.5, 1) in timeline(trace)
     assert "3.000 s without a delta, though bytes came" in trace.report()
 
 
 def test_one_silence_is_told_once():
-    trace = rs.StreamTrace()
-    feed(trace, begin(), asked(), answered(), arrived(b"x", seconds=0.5))
-    feed(trace, said("a", seconds=0.5))
-    feed(trace, arrived(b"x", seconds=3.5), said("b", seconds=3.5))
-    assert [row[0] for row in timeline(trace)].count("gap") == 1
-    feed(trace, arrived(b": ping\n\n", seconds=4.0), said("c", seconds=6.0))
-    assert [row[0] for row in timeline(trace)].count("gap") == 2
+    trace = trace_of("0.5 chunk x; text a; 3.5 chunk x; text b")
+    assert named_in(trace).count("gap") == 1
+    feed(trace, "4 chunk : ping\n\n; 6 text c")
+    assert named_in(trace).count("gap") == 2
 
 
 def test_starting_over_is_no_seam():
     trace = rs.StreamTrace()
-    feed(trace, begin(), asked(), said("half", seconds=1.0))
-    feed(trace, note("restart", retried().data, seconds=2.0), asked(2, seconds=2.0))
-    feed(trace, said("whole", seconds=3.0, attempt=2))
-    assert "seam" not in [row[0] for row in timeline(trace)]
+    feed(trace, "start; request; 1 text half; 2 restart; request; 3 text whole")
+    assert "seam" not in named_in(trace)
     assert "void_characters=4" in trace.report()
 
 
 def test_chunk_analysis_tells_sizes_read_times_and_gaps():
-    trace = rs.StreamTrace()
-    feed(trace, begin(), asked(), answered(seconds=0.0))
-    seconds = 0.0
-    for n in range(100):
-        seconds += 0.5 if n % 10 == 9 else 0.002
-        feed(trace, arrived(b"x" * (n + 1), seconds=seconds))
+    waits = [0.5 if n % 10 == 9 else 0.002 for n in range(100)]
+    times = itertools.accumulate(waits)
+    chunks = (f"{t:.3f} chunk {'x' * n}" for n, t in enumerate(times, 1))
+    trace = trace_of("; ".join(chunks))
     facts = trace.summary()
-    assert facts["chunk_bytes"]["min"] == 1 and facts["chunk_bytes"]["max"] == 100
-    assert facts["chunk_bytes"]["mean"] == 50.5
+    assert chosen(facts["chunk_bytes"], "min max mean") == [1, 100, 50.5]
     assert facts["chunk_bytes"]["p50"] == pytest.approx(50, rel=0.05)
     assert facts["chunk_waits"]["max"] == 0.5
     assert facts["chunk_waits"]["mean"] == pytest.approx(0.0518)
@@ -14638,17 +14577,14 @@ def test_chunk_analysis_tells_sizes_read_times_and_gaps():
 
 def test_a_saved_trace_is_ascii_json_lines(tmp_path):
     trace = rs.StreamTrace()
-    feed(trace, begin(model="m\u00f6del"), asked(), said("x", seconds=0.5))
-    feed(trace, note("event", rs.ServerSentEvent("delta", "{}", ""), seconds=0.6))
-    feed(trace, note("error", failure(), seconds=1.0, why="caf\u00e9"))
-    trace.save(tmp_path / "trace.jsonl")
-    lines = (tmp_path / "trace.jsonl").read_bytes().decode("ascii").splitlines()
-    facts = [json.loads(line) for line in lines]
-    assert facts[0]["what"] == "summary" and facts[0]["model"] == "m\u00f6del"
-    whats = [fact["what"] for fact in facts[1:]]
+    feed(trace, "start m\u00f6del; request; 0.5 text x; 0.6 event delta {}")
+    feed(trace, "1 error|caf\u00e9")
+    summary, *facts = saved_lines(trace, tmp_path / "trace.jsonl")
+    assert (summary["what"], summary["model"]) == ("summary", "m\u00f6del")
+    whats = [fact["what"] for fact in facts]
     assert whats == ["start", "request", "token", "first delta", "event", "error"]
-    assert facts[3]["characters"] == 1
-    assert (facts[5]["event"], facts[5]["characters"]) == ("delta", 2)
+    assert facts[2]["characters"] == 1
+    assert (facts[4]["event"], facts[4]["characters"]) == ("delta", 2)
     assert facts[-1]["why"] == "caf\u00e9"
 
 
@@ -14671,19 +14607,14 @@ def test_a_saved_body_replays_to_the_same_text(tmp_path):
 
 
 def test_the_saved_body_is_that_of_the_last_request_answered_with_one(tmp_path):
-    trace = rs.StreamTrace()
-    feed(trace, begin(), asked(), answered(), arrived(b"cut ", seconds=1.0))
-    feed(trace, asked(2), answered(attempt=2), arrived(b"who", seconds=2.0, attempt=2))
-    feed(trace, arrived(b"le", seconds=2.5, attempt=2))
-    feed(trace, asked(3), answered(503, attempt=3))
+    trace = trace_of("1 chunk cut ; request; response; 2 chunk who; 2.5 chunk le")
+    feed(trace, "request; response 503")
     trace.save_raw(tmp_path / "body")
     assert (tmp_path / "body").read_bytes() == b"whole"
 
 
 def test_a_body_longer_than_the_limit_is_not_saved_in_part(tmp_path):
-    trace = rs.StreamTrace(raw_limit=10)
-    feed(trace, begin(), asked(), answered())
-    feed(trace, arrived(b"123456", seconds=0.1), arrived(b"789012", seconds=0.2))
+    trace = trace_of("0.1 chunk 123456; 0.2 chunk 789012", raw_limit=10)
     with pytest.raises(ValueError, match=r"raw_limit=12"):
         trace.save_raw(tmp_path / "body")
     assert not (tmp_path / "body").exists()
@@ -14692,29 +14623,28 @@ def test_a_body_longer_than_the_limit_is_not_saved_in_part(tmp_path):
 
 def test_a_trace_given_to_several_streams_follows_the_last():
     trace = rs.StreamTrace()
-    feed(trace, begin(1, model="old"), note("chunk", b"1234"), begin(2, model="new"))
-    feed(trace, note("chunk", b"56", stream=2), note("complete", result_of()))
-    facts = trace.summary()
-    assert (facts["model"], facts["bytes"], facts["end"]) == ("new", 2, "running")
+    feed(trace, "start old; chunk 1234; @2 start new; chunk 56; @1 complete")
+    assert chosen(trace.summary(), "model bytes end") == ["new", 2, "running"]
 
 
-@pytest.mark.parametrize("name", ["first", "last", "gap", "raw_limit"])
+TRACE_SIZES = {"first": 200, "last": 800, "gap": 1.0, "raw_limit": 8 * 2**20}
+
+
+@pytest.mark.parametrize("name", TRACE_SIZES)
 def test_a_trace_refuses_a_negative_size(name):
     with pytest.raises(ValueError, match="negative"):
         rs.StreamTrace(**{name: -1})
 
 
-@pytest.mark.parametrize(
-    ("name", "default"),
-    [("first", 200), ("last", 800), ("gap", 1.0), ("raw_limit", 8 * 2**20)],
-)
-def test_defaults_of_a_trace_are_as_documented(name, default):
-    assert inspect.signature(rs.StreamTrace).parameters[name].default == default
+@pytest.mark.parametrize("name", TRACE_SIZES)
+def test_defaults_of_a_trace_are_as_documented(name):
+    default = inspect.signature(rs.StreamTrace).parameters[name].default
+    assert default == TRACE_SIZES[name]
 
 
 def test_a_trace_of_a_real_failure_tells_what_and_when():
     trace, _ = traced(cut_body("half"))
-    assert timeline(trace)[-1][0] == "error"
+    assert named_in(trace)[-1] == "error"
     assert "error=IncompleteStreamError" in trace.report()
     assert trace.summary()["deltas"] == {"text": 1}
     assert "half" not in trace.report()
@@ -14736,11 +14666,9 @@ class FakeCell:
     def __init__(self, monkeypatch):
         self.shown = []
         display = types.ModuleType("IPython.display")
-        display.Markdown = lambda text: text
-        display.display = self.display
+        display.Markdown, display.display = str, self.display
         package = types.ModuleType("IPython")
-        package.display = display
-        package.get_ipython = lambda: self
+        package.display, package.get_ipython = display, lambda: self
         monkeypatch.setitem(sys.modules, "IPython", package)
         monkeypatch.setitem(sys.modules, "IPython.display", display)
 
@@ -14767,10 +14695,10 @@ def no_notebook(monkeypatch):
 class Scripted:
     """A stream that gives its observers what the script says."""
 
+    text, is_closed = "", False
+
     def __init__(self, *script):
         self.script = script
-        self.text = ""
-        self.closed = 0
 
     def observe(self, observer):
         self.observer = observer
@@ -14783,7 +14711,7 @@ class Scripted:
         return "result"
 
     def close(self):
-        self.closed += 1
+        self.is_closed = True
 
 
 def test_show_displays_the_text_and_returns_the_result(cell):
@@ -14793,41 +14721,32 @@ def test_show_displays_the_text_and_returns_the_result(cell):
 
 
 def test_show_updates_at_most_twenty_times_a_second(cell):
-    script = [said(f"{n} ", seconds=n / 1000) for n in range(1001)]
-    rs._show_live(Scripted(*script))
+    rs._show_live(Scripted(*(f"{n / 1000} text {n} " for n in range(1001))))
     assert cell.shown[-1] == "".join(f"{n} " for n in range(1001))
     assert 15 <= len(cell.shown) <= 23  # one empty, twenty in time, one at the end
 
 
 def test_show_shows_visible_text_only(cell):
     other = note("token", rs.Delta("text", "second choice", 1, None), seconds=1.0)
-    rs._show_live(Scripted(said("thought", kind="reasoning"), other, said("said")))
+    rs._show_live(Scripted("reasoning thought", other, "text said"))
     assert cell.shown[-1] == "said"
 
 
 def test_a_ping_shows_what_came_just_after_an_update(cell):
-    late = [said("a", seconds=1.0), said("b", seconds=1.01)]
-    rs._show_live(Scripted(*late, note("chunk", b": ping\n\n", seconds=1.1)))
+    rs._show_live(Scripted("1 text a; 1.01 text b; 1.1 chunk : ping\n\n"))
     assert cell.shown == ["", "a", "ab"]
-    rs._show_live(Scripted(*late))
+    rs._show_live(Scripted("1 text a; 1.01 text b"))
     assert cell.shown[3:] == ["", "a", "ab"]
 
 
 def test_show_takes_back_what_starting_over_replaced(cell):
-    again = note("restart", retried().data, seconds=2.0)
-    rs._show_live(
-        Scripted(said("half", seconds=1.0), again, said("whole", seconds=3.0))
-    )
+    rs._show_live(Scripted("1 text half; 2 restart; 3 text whole"))
     assert cell.shown == ["", "half", "", "whole"]
 
 
 def test_show_repaints_what_it_was_not_told_of_only_if_something_lacks(cell):
-    again = note("restart", retried().data, seconds=2.0)
-    stream = Scripted(said("half", seconds=1.0), again, said("new", seconds=3.0))
-    stream.text = ""
     live = rs._Live(rs._MarkdownCell(sys.modules["IPython.display"]), "")
-    stream.observe(live)
-    stream.complete()
+    feed(live, "1 text half; 2 restart; 3 text new")
     live.finish("new")
     assert cell.shown == ["", "half", "", "new"]
     live.finish("anew")
@@ -14835,13 +14754,11 @@ def test_show_repaints_what_it_was_not_told_of_only_if_something_lacks(cell):
 
 
 def test_an_interrupt_leaves_the_partial_text_and_closes_and_goes_on(cell):
-    stream = Scripted(
-        said("a", seconds=1.0), said("b", seconds=1.01), KeyboardInterrupt()
-    )
+    stream = Scripted("1 text a; 1.01 text b", KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         rs._show_live(stream)
     assert cell.shown[-1] == "ab"
-    assert stream.closed
+    assert stream.is_closed
 
 
 def test_an_error_fails_the_cell_after_the_partial_text_is_shown(cell):
@@ -14852,20 +14769,17 @@ def test_an_error_fails_the_cell_after_the_partial_text_is_shown(cell):
 
 def test_without_ipython_show_prints_each_delta_at_once(no_notebook, capsys):
     heard = []
-    last = types.SimpleNamespace(what="probe")
-    stream = Scripted(said("caf\u00e9 "), last)
-    stream.observe = lambda live: setattr(stream, "observer", live)
+    last = SimpleNamespace(what="probe")
     rs._Live.on_probe = lambda self, _: heard.append(capsys.readouterr().out)
     try:
-        rs._show_live(stream)
+        rs._show_live(Scripted("text caf\u00e9 ", last))
     finally:
         del rs._Live.on_probe
     assert heard == ["caf\u00e9 "]
 
 
 def test_printed_text_says_so_when_the_answer_starts_over(no_notebook, capsys):
-    again = note("restart", retried().data, seconds=2.0)
-    rs._show_live(Scripted(said("half"), again, said("whole", seconds=3.0)))
+    rs._show_live(Scripted("text half; 2 restart; 3 text whole"))
     assert capsys.readouterr().out == "half\n[again from the start]\nwhole"
 
 
@@ -15787,109 +15701,84 @@ def saved(tmp_path):
 @pytest.fixture
 def asked_for(monkeypatch):
     """Answers stream_chat from a saved body; holds what it was asked for."""
-    calls = []
-    real = rs.stream_chat
 
-    @functools.wraps(real)
+    @functools.wraps(rs.stream_chat)
     def fake(*args, **options):
-        calls.append((args, options))
-        outcome = fake.outcome
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return rs.ChatStream.replay(outcome)
+        fake.calls.append((args, options))
+        if isinstance(fake.outcome, BaseException):
+            raise fake.outcome
+        return rs.ChatStream.replay(fake.outcome)
 
-    fake.outcome = chat_body("Hello")
-    fake.calls = calls
+    fake.outcome, fake.calls = chat_body("Hello"), []
     monkeypatch.setattr(rs, "stream_chat", fake)
     return fake
 
 
-def command(*arguments, **options):
+def command(*arguments, script=(rs.__file__,), env=(), **options):
     """Run the module's file as a script in a process of its own."""
-    options["env"] = {**os.environ, **options.get("env", {})}
-    script = [sys.executable, *options.pop("script", [rs.__file__]), *arguments]
-    return subprocess.run(
-        script, capture_output=True, timeout=60, check=False, **options
-    )
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    line = [sys.executable, *script, *arguments]
+    env = {**os.environ, **dict(env)}
+    return subprocess.run(line, env=env, timeout=60, check=False, **options)
+
+
+def main_with_model(line, *more):
+    return rs.main(["--model", "m", *line.split(), *more])
 
 
 def test_the_text_goes_to_stdout_and_nothing_else_does(asked_for, capsysbinary):
-    assert rs.main(["--model", "m", "Tell me"]) == 0
-    out, err = capsysbinary.readouterr()
-    assert out == b"Hello"
-    assert err == b""
+    assert main_with_model("", "Tell me") == 0
+    assert capsysbinary.readouterr() == (b"Hello", b"")
     (arguments, options), *_ = asked_for.calls
     assert arguments == ("Tell me", "m")
-    assert options["dialect"] == "openai" and options["resume"] == "auto"
+    assert chosen(options, "dialect resume api_key") == ["openai", "auto", None]
     assert options["timeouts"] == rs.Timeouts() and options["retry"] == rs.Retry()
-    assert options["api_key"] is None
 
 
 def test_options_reach_the_stream(asked_for, saved):
     line = "--dialect anthropic --base-url http://x/v1 --resume never --attempts 2 "
-    line += "--total 5 --idle none --first-token 1.5 --model m "
+    line += "--total 5 --idle none --first-token 1.5 "
     line += "--param seed=7 --param stop=[1,2] --param user=me --key-file"
-    rs.main([*line.split(), saved(b" the key\n", "key"), "x"])
+    main_with_model(line, saved(b" the key\n", "key"), "x")
     (_, options), *_ = asked_for.calls
-    assert (options["dialect"], options["base_url"]) == ("anthropic", "http://x/v1")
-    assert (options["resume"], options["retry"]) == ("never", rs.Retry(attempts=2))
-    assert options["timeouts"] == rs.Timeouts(total=5.0, idle=None, first_token=1.5)
-    assert (options["seed"], options["stop"]) == (7, [1, 2])
-    assert (options["user"], options["api_key"]) == ("me", "the key")
+    names = "dialect base_url resume seed stop user api_key retry timeouts"
+    given = ["anthropic", "http://x/v1", "never", 7, [1, 2], "me", "the key"]
+    times = rs.Timeouts(total=5.0, idle=None, first_token=1.5)
+    assert chosen(options, names) == [*given, rs.Retry(attempts=2), times]
 
 
-@pytest.mark.parametrize("arguments", [["-"], []], ids=["dash", "pipe"])
+@pytest.mark.parametrize("arguments", ["-", ""], ids=["dash", "pipe"])
 def test_the_prompt_may_come_through_a_pipe(asked_for, monkeypatch, arguments):
     pipe = io.TextIOWrapper(io.BytesIO("caf\u00e9?\n".encode()), encoding="ascii")
     monkeypatch.setattr(sys, "stdin", pipe)
-    assert rs.main(["--model", "m", *arguments]) == 0
+    assert main_with_model(arguments) == 0
     assert asked_for.calls[0][0][0] == "caf\u00e9?\n"
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--unknown"],
-        ["--dialect", "klingon", "x"],
-        ["--param", "novalue", "x"],
-        ["--idle", "soon", "x"],
-        ["--idle", "-1", "x"],
-        ["--attempts", "0", "x"],
-        ["--quiet", "--verbose", "x"],
-        ["--api-key", SECRET, "x"],
-        ["--param", "api_key=" + SECRET, "x"],
-        ["--param", "timeout=3", "x"],
-        ["-"],
-    ],
-    ids=" ".join,
-)
-def test_a_wrong_command_line_is_status_2_before_any_request(
-    arguments, monkeypatch, capsys
-):
+WRONG_LINES = f"""--unknown|--dialect klingon x|--param novalue x|--idle soon x|--idle -1 x
+--attempts 0 x|--quiet --verbose x|--api-key {SECRET} x|--param api_key={SECRET} x
+--param timeout=3 x|-""".replace("\n", "|").split("|")
+
+
+@pytest.mark.parametrize("line", WRONG_LINES)
+def test_a_wrong_command_line_is_status_2_before_any_request(line, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    assert rs.main(["--model", "m", *arguments]) == 2
+    assert main_with_model(line) == 2
     out, err = capsys.readouterr()
     assert out == "" and err
     assert SECRET not in err or "unrecognized" in err
 
 
-@pytest.mark.parametrize(
-    ("name", "status"),
-    [
-        ("StreamingError", 1),
-        ("StreamConnectionError", 3),
-        ("StreamTimeoutError", 4),
-        ("ResumeMismatchError", 5),
-        ("IncompleteStreamError", 6),
-        ("APIError", 7),
-        ("MalformedStreamError", 8),
-        ("StreamLimitError", 9),
-        ("StreamAbortedError", 10),
-    ],
-)
-def test_the_exit_status_says_how_the_stream_ended(asked_for, capsys, name, status):
+EXIT_STATUS = """1 StreamingError, 3 StreamConnectionError, 4 StreamTimeoutError,
+5 ResumeMismatchError, 6 IncompleteStreamError, 7 APIError, 8 MalformedStreamError,
+9 StreamLimitError, 10 StreamAbortedError"""
+
+
+@pytest.mark.parametrize("row", EXIT_STATUS.split(","))
+def test_the_exit_status_says_how_the_stream_ended(asked_for, capsys, row):
+    status, name = row.split()
     asked_for.outcome = failure(getattr(rs, name))
-    assert rs.main(["--model", "m", "x"]) == status
+    assert main_with_model("x") == int(status)
     assert f"{name}: it broke" in capsys.readouterr().err
 
 
@@ -15908,18 +15797,15 @@ def test_an_interrupt_ends_with_130_and_keeps_what_came(
         yield b": never looked at"
 
     asked_for.outcome = interrupted()
-    trace = str(tmp_path / "trace")
-    assert rs.main(["--model", "m", "--trace", trace, "x"]) == 130
-    out, err = capsysbinary.readouterr()
-    assert (out, err) == (b"half", b"")
+    assert main_with_model("x --trace", str(tmp_path / "trace")) == 130
+    assert capsysbinary.readouterr() == (b"half", b"")
     assert "error=StreamAbortedError" in (tmp_path / "trace").read_text()
 
 
 def test_a_broken_stream_prints_what_came_and_fails(saved, capsysbinary):
     assert rs.main(["--replay", saved(cut_body("half"))]) == 6
     out, err = capsysbinary.readouterr()
-    assert out == b"half"
-    assert b"IncompleteStreamError" in err
+    assert out == b"half" and b"IncompleteStreamError" in err
 
 
 def test_json_is_one_ascii_line_with_the_whole_result(saved, capsysbinary):
@@ -15927,9 +15813,8 @@ def test_json_is_one_ascii_line_with_the_whole_result(saved, capsysbinary):
     out = capsysbinary.readouterr().out
     assert out.count(b"\n") == 1 and out.isascii()
     result = json.loads(out)
-    assert result["text"] == "caf\u00e9\n!"
-    assert result["finish_reason"] == "stop"
-    assert result["stats"]["deltas"] == 2 and result["usage"] is None
+    assert chosen(result, "text finish_reason usage") == ["caf\u00e9\n!", "stop", None]
+    assert result["stats"]["deltas"] == 2
     assert [made["attempt"] for made in result["history"]] == [1]
 
 
@@ -15941,25 +15826,24 @@ def test_json_of_a_failure_names_the_error_and_keeps_the_text(saved, capsysbinar
 
 
 def test_facts_go_to_stderr_when_asked_for_or_a_terminal(saved, capsys, monkeypatch):
-    body = saved(chat_body("x"))
-    rs.main(["--replay", body])
-    assert capsys.readouterr().err == ""
-    rs.main(["--verbose", "--replay", body])
-    assert "complete" in capsys.readouterr().err
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    rs.main(["--replay", body])
-    assert "complete" in capsys.readouterr().err
-    rs.main(["--quiet", "--replay", body])
-    assert capsys.readouterr().err == ""
+    replay = ["--replay", saved(chat_body("x"))]
+    for is_terminal, options, is_told in (
+        *[(False, [], False), (False, ["--verbose"], True)],
+        *[(True, [], True), (True, ["--quiet"], False)],
+    ):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda told=is_terminal: told)
+        rs.main([*options, *replay])
+        err = capsys.readouterr().err
+        assert ("complete" in err) == bool(err) == is_told
 
 
 def test_a_terminal_sees_what_went_wrong_and_verbose_shows_every_step(
     asked_for, capsys, monkeypatch
 ):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    rs.main(["--model", "m", "x"])
+    main_with_model("x")
     assert "request" not in capsys.readouterr().err
-    rs.main(["--verbose", "--model", "m", "x"])
+    main_with_model("--verbose x")
     steps = re.findall(r" s: (\w+):", capsys.readouterr().err)
     assert steps == ["start", "request", "response", "complete"]
 
@@ -15989,8 +15873,7 @@ def test_a_trace_and_the_raw_body_are_written_also_after_a_failure(saved, tmp_pa
 def test_a_trace_that_cannot_be_written_ends_it_before_the_request(
     asked_for, tmp_path, capsysbinary
 ):
-    missing = str(tmp_path / "no" / "where")
-    assert rs.main(["--model", "m", "--trace", missing, "x"]) == 1
+    assert main_with_model("x --trace", str(tmp_path / "no" / "where")) == 1
     out, err = capsysbinary.readouterr()
     assert out == b"" and b"where" in err
 
@@ -16003,16 +15886,16 @@ def test_a_missing_file_is_status_1(tmp_path, capsys):
 def test_a_saved_body_is_that_of_the_last_request_answered_with_one():
     file = io.BytesIO()
     raw = rs._RawFile(file)
-    feed(raw, answered(), arrived(b"cut short", seconds=1.0), answered(503))
+    feed(raw, "response; chunk cut short; response 503")
     assert file.getvalue() == b"cut short"
-    feed(raw, answered(), arrived(b"who", seconds=2.0), arrived(b"le", seconds=3.0))
+    feed(raw, "response; chunk who; chunk le")
     assert file.getvalue() == b"whole"
 
 
 def test_a_terminal_is_not_waited_at_for_a_prompt(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("never read"))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
-    assert rs.main(["--model", "m"]) == 2
+    assert main_with_model("") == 2
     assert "no prompt" in capsys.readouterr().err
 
 
@@ -16020,20 +15903,19 @@ def test_json_hides_what_a_server_set(asked_for, capsys, monkeypatch):
     stream = rs.ChatStream.replay(chat_body("x"))
     result = stream.complete()._replace(headers={"Set-Cookie": SECRET})
     monkeypatch.setattr(rs.ChatStream, "complete", lambda self: result)
-    assert rs.main(["--json", "--model", "m", "x"]) == 0
+    assert main_with_model("--json x") == 0
     out = capsys.readouterr().out
     assert "Set-Cookie" in out and SECRET not in out
 
 
+def version_line():
+    digest = hashlib.sha256(Path(rs.__file__).read_bytes()).hexdigest()
+    return f"resilient_sse {rs.__version__} sha256:{digest}\n"
+
+
 def test_the_version_comes_with_the_digest_of_the_file(capsys):
     assert rs.main(["--version"]) == 0
-    with open(rs.__file__, "rb") as file:
-        digest = hashlib.sha256(file.read()).hexdigest()
-    assert capsys.readouterr().out.split() == [
-        "resilient_sse",
-        rs.__version__,
-        "sha256:" + digest,
-    ]
+    assert capsys.readouterr().out == version_line()
 
 
 def test_the_script_writes_utf8_whatever_the_locale(saved):
@@ -16050,19 +15932,16 @@ CLOSED_PIPES = {
 }
 
 
-@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("buffered", ["", "1"])
 @pytest.mark.parametrize("case", CLOSED_PIPES)
 def test_a_closed_pipe_ends_the_script_without_complaint(case, buffered, saved):
     pieces = CLOSED_PIPES[case]
     arguments = ["--replay", saved(chat_body(*pieces))] if pieces else ["--version"]
-    env = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
     reading, writing = os.pipe()
     os.close(reading)
-    script = [sys.executable, rs.__file__, *arguments]
-    process = subprocess.Popen(script, stdout=writing, stderr=subprocess.PIPE, env=env)
+    done = command(*arguments, env={"PYTHONUNBUFFERED": buffered}, stdout=writing)
     os.close(writing)
-    _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (141, b"")
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_no_stdout_is_a_closed_pipe(monkeypatch):
@@ -16070,42 +15949,43 @@ def test_no_stdout_is_a_closed_pipe(monkeypatch):
     assert rs.main(["--version"]) == 141
 
 
+#: Redirection | arguments | exit status | what is printed, for HALF a saved body
+REDIRECTIONS = """
+<&-                | --model m                | 2
+<&-                | --model m -              | 2
+2>&-               | --unknown                | 2
+2>&-               | --verbose --replay HALF  | 6    | half
+>&- 2>&-           | --version                | 141
+>&-                | --replay HALF            | 141
+>/dev/full         | --replay HALF            | 1
+2>/dev/full        | --verbose --replay HALF  | 6    | half
+<&- >&- 2>&-       | --replay HALF            | 141
+""".strip()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
-@pytest.mark.parametrize(
-    ("redirection", "arguments", "status", "out"),
-    [
-        ("<&-", ["--model", "m"], 2, b""),
-        ("<&-", ["--model", "m", "-"], 2, b""),
-        ("2>&-", ["--unknown"], 2, b""),
-        ("2>&-", ["--verbose", "--replay", "half"], 6, b"half"),
-        (">&- 2>&-", ["--version"], 141, b""),
-        (">&-", ["--replay", "half"], 141, b""),
-        (">/dev/full", ["--replay", "half"], 1, b""),
-        ("2>/dev/full", ["--verbose", "--replay", "half"], 6, b"half"),
-        ("<&- >&- 2>&-", ["--replay", "half"], 141, b""),
-    ],
-)
+@pytest.mark.parametrize("row", REDIRECTIONS.split("\n"))
 def test_closed_or_full_streams_of_the_process_end_in_a_status_and_no_traceback(
-    redirection, arguments, status, out, saved
+    row, saved
 ):
+    redirection, arguments, status, *out = map(str.strip, row.split("|"))
     if "/dev/full" in redirection and not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
     body = saved(cut_body("half"))
-    arguments = [body if argument == "half" else argument for argument in arguments]
+    arguments = [body if word == "HALF" else word for word in arguments.split()]
     line = ["sh", "-c", f'exec "$0" "$@" {redirection}', sys.executable, rs.__file__]
-    done = subprocess.run(
-        [*line, *arguments], capture_output=True, timeout=60, check=False
-    )
-    assert (done.returncode, done.stdout) == (status, out), done.stderr
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    done = subprocess.run([*line, *arguments], **pipes, timeout=60, check=False)
+    told = "".join(out).encode()
+    assert (done.returncode, done.stdout) == (int(status), told), done.stderr
     assert b"Traceback" not in done.stderr and b"ignored" not in done.stderr
 
 
 @pytest.mark.parametrize("depth", [400, 100000])
 def test_a_parameter_that_is_nested_too_deeply_is_status_2_or_sent(depth, capsys):
     nested = "x=" + "[" * depth + "]" * depth
-    line = ["--model", "m", "--base-url", "http://host/v1", "--param", nested, "x"]
     with streams_wire("Once"):
-        status = rs.main(line)
+        status = main_with_model("x --base-url http://host/v1 --param", nested)
     out, err = capsys.readouterr()
     assert (status, out) in [(0, "Once"), (2, "")]
     assert depth == 400 or (status == 2 and "nested too deeply" in err)
@@ -16116,27 +15996,20 @@ def test_json_has_null_where_a_server_sent_no_number(saved, capsysbinary):
     last = b'data: {"choices": [], "usage": ' + usage + b"}\n\ndata: [DONE]"
     body = chat_body("hi").replace(b"data: [DONE]", last)
     assert rs.main(["--json", "--replay", saved(body)]) == 0
-
-    def no_constant(name):
-        raise AssertionError(name)
-
-    out = capsysbinary.readouterr().out
-    result = json.loads(out.decode(), parse_constant=no_constant)
+    out = capsysbinary.readouterr().out.decode()
+    result = json.loads(out, parse_constant=lambda name: pytest.fail(name))
     assert result["usage"]["raw"]["x"] == [None, None, None, 1.5]
 
 
 def test_the_version_is_told_inside_an_archive_too(tmp_path):
     archive = str(tmp_path / "app.pyz")
+    start = "import resilient_sse\nraise SystemExit(resilient_sse.main())"
     with zipfile.ZipFile(archive, "w") as file:
         file.write(rs.__file__, "resilient_sse.py")
-        file.writestr(
-            "__main__.py",
-            "import resilient_sse\nraise SystemExit(resilient_sse.main())",
-        )
+        file.writestr("__main__.py", start)
     done = command("--version", script=[archive])
     assert done.returncode == 0, done.stderr
-    digest = hashlib.sha256(Path(rs.__file__).read_bytes()).hexdigest()
-    assert digest.encode() in done.stdout
+    assert version_line().split()[2].encode() in done.stdout
 
 
 def test_the_module_runs_by_name(saved):
