@@ -54,7 +54,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from email.utils import formatdate
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
@@ -17711,12 +17711,10 @@ TORTURE_PATIENT = (20, 20, 20, 20, 40)
 TORTURE_SHORT = (0.15, 0.15, 0.15, 0.15, 1)  # where a call hangs, or a lock stays
 TORTURE_SECONDS = 5  # for a point: more means that it sat out a patient timeout
 TORTURE_RETRY = {"attempts": 5, "wait_initial": 0.001, "wait_max": 0.001}
-TORTURE_PASSES = {"KeyboardInterrupt", "MemoryError"}  # as they are, through all of it
 TORTURE_LEAST = 100  # points of each scenario
 TORTURE_STRIDE = 37  # one in so many points makes the sample
-
-
 TORTURE_SHUTDOWN = socket.socket.shutdown  # not that of TLS, nor of the shim
+TORTURE_ALONE = {"Connection": "close"}
 
 
 class TortureFault(NamedTuple):
@@ -17733,8 +17731,8 @@ TORTURE_DONE = {"close", "fetchone", "fetchall", "__next__"}
 TORTURE_DEAD = {errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT, errno.EHOSTUNREACH}
 
 
-def torture_raise(kind: type[BaseException], *arguments: Any) -> TortureFault:
-    def act(real: Any, *given: Any, **_: Any) -> None:
+def torture_raise(kind, *arguments):
+    def act(real, *given, **_):
         if real.__name__ in TORTURE_DONE:
             with contextlib.suppress(StopIteration):
                 real(*given)
@@ -17745,32 +17743,26 @@ def torture_raise(kind: type[BaseException], *arguments: Any) -> TortureFault:
     return TortureFault(" ".join(map(str, (kind.__name__, *arguments[-1:]))), act)
 
 
-def torture_kill(sock: Any) -> None:
+def torture_kill(sock):
     with contextlib.suppress(OSError):  # it is not connected yet
         TORTURE_SHUTDOWN(sock, socket.SHUT_RDWR)
 
 
-def torture_errno(names: str) -> list[TortureFault]:
-    codes = [getattr(errno, name) for name in names.split()]
-    return [torture_raise(OSError, code, os.strerror(code)) for code in codes]
-
-
-def torture_hang(real: Any, sock: Any, *arguments: Any) -> Any:
+def torture_hang(real, sock, *arguments):
     """Bring nothing until the socket's timeout passes or somebody shuts it down."""
     started, timeout, poll = time.monotonic(), sock.gettimeout(), select.poll()
-    is_connecting = real.__name__ == "connect"
     poll.register(sock.fileno(), 0)
     while time.monotonic() < started + TORTURE_SECONDS:
         if timeout is not None and time.monotonic() >= started + timeout:
             raise flaky_server.TIMED_OUT("timed out")
-        if is_connecting:  # else it would seem to be shut down
+        if real.__name__ == "connect":  # else it would seem to be shut down
             time.sleep(0.005)
         elif poll.poll(5):
             return real(sock, *arguments)
     raise AssertionError("a call that hangs was never ended")
 
 
-def torture_first_byte(real: Any, sock: Any, data: Any, *arguments: Any) -> Any:
+def torture_first_byte(real, sock, data, *arguments):
     """The shortest read or write; a ``sendall`` then fails, since it may not be short."""
     if real.__name__ == "recv":
         return real(sock, 1)
@@ -17781,76 +17773,111 @@ def torture_first_byte(real: Any, sock: Any, data: Any, *arguments: Any) -> Any:
     return done
 
 
-def torture_end(real: Any, *_: Any) -> Any:
+def torture_end(real, *_):
     return b"" if real.__name__ == "recv" else 0
 
 
-def torture_faults() -> dict[str, list[TortureFault]]:
+#: Calls | how they fail: an error number, or a word for what is below.
+TORTURE_CALLS = """
+getaddrinfo                           | EAI_AGAIN EAI_NONAME
+socket                                | EMFILE ENFILE ENOBUFS
+fromfd dup                            | EMFILE
+setsockopt                            | EINVAL
+settimeout                            | EBADF
+makefile                              |
+connect                               | REFUSED timeout hang
+send sendall                          | EPIPE CUT timeout short hang
+tls_send tls_sendall                  | EPIPE CUT timeout short hang TLS
+recv recv_into                        | CUT timeout end short short... hang
+tls_recv tls_recv_into                | CUT timeout end short short... hang TLS
+shutdown                              | ENOTCONN
+close                                 | EIO
+wrap_socket                           | record
+do_handshake                          | CUT TLS certificate timeout hang
+sql_connect                           | unopened
+sql_execute sql_executescript sql_commit    | locked broken full damaged
+sql_fetchone sql_fetchall sql___next__      | broken full damaged
+sql_close                             | unclosed
+start                                 | thread
+open chmod fchmod fsync               | EACCES ENOSPC EIO EMFILE
+"""
+TORTURE_GROUPS = {
+    "CUT": "ECONNRESET ETIMEDOUT EHOSTUNREACH EINTR",
+    "TLS": "record eof return syscall",
+    "REFUSED": "ECONNREFUSED ETIMEDOUT EHOSTUNREACH ENETUNREACH EADDRNOTAVAIL EINTR",
+}
+TORTURE_SQL = {
+    "locked": "database is locked",
+    "broken": "disk I/O error",
+    "full": "database or disk is full",
+    "unopened": "unable to open database file",
+    "unclosed": "unable to close due to unfinalized statements",
+}
+TORTURE_WORDS = {
+    "timeout": torture_raise(flaky_server.TIMED_OUT, "timed out"),
+    "short": TortureFault("one byte", torture_first_byte),
+    "short...": TortureFault("one byte", torture_first_byte, is_lasting=True),
+    "end": TortureFault("end", torture_end),
+    "hang": TortureFault("hangs", torture_hang),
+    "record": torture_raise(
+        ssl.SSLError, 1, "[SSL: DECRYPTION_FAILED_OR_BAD_RECORD_MAC]"
+    ),
+    "eof": torture_raise(ssl.SSLEOFError, 8, "EOF occurred in violation of protocol"),
+    "return": torture_raise(
+        ssl.SSLZeroReturnError, 6, "TLS/SSL connection has been closed"
+    ),
+    "syscall": torture_raise(ssl.SSLSyscallError, 5, "Some I/O error occurred"),
+    "certificate": torture_raise(
+        ssl.SSLCertVerificationError, 1, "certificate expired"
+    ),
+    "EAI_AGAIN": torture_raise(socket.gaierror, socket.EAI_AGAIN, "try again"),
+    "EAI_NONAME": torture_raise(socket.gaierror, socket.EAI_NONAME, "not known"),
+    "damaged": torture_raise(sqlite3.DatabaseError, "database disk image is malformed"),
+    "thread": torture_raise(RuntimeError, "can't start new thread"),
+    **{w: torture_raise(sqlite3.OperationalError, m) for w, m in TORTURE_SQL.items()},
+    **{
+        name: torture_raise(OSError, code, os.strerror(code))
+        for code, name in errno.errorcode.items()
+    },
+}
+#: As they are, through all of it.
+TORTURE_PASSES = [torture_raise(KeyboardInterrupt), torture_raise(MemoryError)]
+
+
+def torture_faults():
     """The name of a call -> how it can fail."""
-    timeout = torture_raise(flaky_server.TIMED_OUT, "timed out")
-    hang = [TortureFault("hangs", torture_hang)] * hasattr(select, "poll")
-    short = TortureFault("one byte", torture_first_byte)
-    end = TortureFault("end", torture_end)
-    cut = torture_errno("ECONNRESET ETIMEDOUT EHOSTUNREACH EINTR")
-    tls = [
-        torture_raise(ssl.SSLError, 1, "[SSL: DECRYPTION_FAILED_OR_BAD_RECORD_MAC]"),
-        torture_raise(ssl.SSLEOFError, 8, "EOF occurred in violation of protocol"),
-        torture_raise(ssl.SSLZeroReturnError, 6, "TLS/SSL connection has been closed"),
-        torture_raise(ssl.SSLSyscallError, 5, "Some I/O error occurred"),
-    ]
-    receive = [*cut, timeout, end, short, short._replace(is_lasting=True), *hang]
-    send = [*torture_errno("EPIPE"), *cut, timeout, short, *hang]
-    certificate = torture_raise(ssl.SSLCertVerificationError, 1, "certificate expired")
-    refused = "ECONNREFUSED ETIMEDOUT EHOSTUNREACH ENETUNREACH EADDRNOTAVAIL EINTR"
-    again = torture_raise(socket.gaierror, socket.EAI_AGAIN, "try again")
-    unknown = torture_raise(socket.gaierror, socket.EAI_NONAME, "not known")
-    damaged = torture_raise(sqlite3.DatabaseError, "database disk image is malformed")
-    locked, broken, full, unopened, unclosed = (
-        torture_raise(sqlite3.OperationalError, message)
-        for message in (
-            "database is locked",
-            "disk I/O error",
-            "database or disk is full",
-            "unable to open database file",
-            "unable to close due to unfinalized statements",
-        )
-    )
-    disk = [broken, full, damaged]
-    groups = {
-        "getaddrinfo": [again, unknown],
-        "socket": torture_errno("EMFILE ENFILE ENOBUFS"),
-        "fromfd, dup": torture_errno("EMFILE"),
-        "setsockopt": torture_errno("EINVAL"),
-        "settimeout": torture_errno("EBADF"),
-        "makefile": [],
-        "connect": [*torture_errno(refused), timeout, *hang],
-        "send, sendall": send,
-        "tls send, tls sendall": [*send, *tls],
-        "recv, recv_into": receive,
-        "tls recv, tls recv_into": [*receive, *tls],
-        "shutdown": torture_errno("ENOTCONN"),
-        "close": torture_errno("EIO"),
-        "wrap_socket": tls[:1],
-        "do_handshake": [*cut, *tls, certificate, timeout, *hang],
-        "sqlite3 connect": [unopened],
-        "sqlite3 execute, sqlite3 executescript, sqlite3 commit": [locked, *disk],
-        "sqlite3 fetchone, sqlite3 fetchall, sqlite3 __next__": disk,
-        "sqlite3 close": [unclosed],
-        "start": [torture_raise(RuntimeError, "can't start new thread")],
-        "open, chmod, fchmod, fsync": torture_errno("EACCES ENOSPC EIO EMFILE"),
-    }
-    passing = [torture_raise(KeyboardInterrupt), torture_raise(MemoryError)]
-    faults = {"wait": passing[:1], "sleep": passing[:1]}
-    for names, known in groups.items():
+    faults = {name: TORTURE_PASSES[:1] for name in ("wait", "sleep")}
+    for row in TORTURE_CALLS.strip().split("\n"):
+        names, words = row.split("|")
+        for group, members in TORTURE_GROUPS.items():
+            words = words.replace(group, members)
+        is_known = {"hang": hasattr(select, "poll")}
+        known = [TORTURE_WORDS[w] for w in words.split() if is_known.get(w, True)]
         lasting = [fault._replace(is_lasting=True) for fault in known[:1]]
-        faults.update((n, [*known, *lasting, *passing]) for n in names.split(", "))
+        ways = [*known, *lasting, *TORTURE_PASSES]
+        faults.update(dict.fromkeys(names.split(), ways))
     return faults
 
 
 TORTURE_FAULTS = torture_faults()
 TORTURE_FATAL = {"hangs", "SSLCertVerificationError certificate expired"}
 TORTURE_NOTHING = TortureFault("nothing", None)
-TORTURE_ALONE = {"Connection": "close"}
+#: Where the calls are that are counted, and what stands before their names.
+TORTURE_OWNERS = [
+    (socket.socket, "", "connect setsockopt settimeout makefile send sendall recv"),
+    (socket.socket, "", "recv_into shutdown close dup"),
+    (
+        ssl.SSLSocket,
+        "tls_",
+        "connect send sendall recv recv_into do_handshake shutdown",
+    ),
+    (ssl.SSLContext, "", "wrap_socket"),
+    (socket, "", "getaddrinfo fromfd"),
+    (threading.Thread, "", "start"),
+    (threading.Condition, "", "wait"),
+    (time, "", "sleep"),
+    (os, "", "open chmod fchmod fsync"),
+]
 
 
 class TortureShim:
@@ -17863,161 +17890,128 @@ class TortureShim:
     :param fault: how it fails.
     """
 
-    def __init__(self, name: str, number: int, fault: TortureFault) -> None:
+    def __init__(self, name, number, fault):
         self.name, self.number, self.fault = name, number, fault
-        self.calls: list[str] = []
+        self.calls, self.unraisable, self.databases = [], [], []
         self.has_failed = False
-        self.unraisable: list[str] = []
-        self.databases: list[weakref.ref[Any]] = []
         self._caller = threading.current_thread()
         self._inner = threading.local()
         self._patch = pytest.MonkeyPatch()
 
-    def __enter__(self) -> TortureShim:  # noqa: PYI034  (Self needs Python 3.11)
-        names = "connect setsockopt settimeout makefile send sendall recv recv_into"
-        self._wrap(socket.socket, *f"{names} shutdown close dup".split())
-        names = "connect send sendall recv recv_into do_handshake shutdown"
-        self._wrap(ssl.SSLSocket, *names.split())
-        self._wrap(ssl.SSLContext, "wrap_socket")
-        self._wrap(socket, "getaddrinfo", "fromfd")
-        self._wrap(threading.Thread, "start")
-        self._wrap(threading.Condition, "wait")
-        self._wrap(time, "sleep")
-        self._wrap(os, "open", "chmod", "fchmod", "fsync")
+    def __enter__(self):
+        for owner, prefix, names in TORTURE_OWNERS:
+            for name, wrapped in self._wrapped(owner, prefix, names).items():
+                self._patch.setattr(owner, name, wrapped)
         self._patch.setattr(socket.socket, "__init__", self._socket_made())
-        self._patch.setattr(sqlite3, "connect", self._connect_made())
+        self._patch.setattr(sqlite3, "connect", self._database_made())
         hooks = {"unraisablehook": sys, "excepthook": threading}  # both from 3.8 on
         for name, module in hooks.items():
             self._patch.setattr(module, name, self._note, raising=False)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         self._patch.undo()
 
-    def _note(self, unraisable: Any) -> None:
+    def _note(self, unraisable):
         self.unraisable.append(unraisable.exc_type.__name__)
 
-    def _wrap(self, owner: Any, *names: str) -> None:
-        for name in filter(lambda name: hasattr(owner, name), names):
-            label = f"tls {name}" if owner is ssl.SSLSocket else name
-            wrapped = self._wrapped(label, getattr(owner, name))
-            self._patch.setattr(owner, name, wrapped)
+    def _wrapped(self, owner, prefix, names):
+        def wrapped(name):
+            real = getattr(owner, name)
+            label = prefix + name if prefix + name in TORTURE_FAULTS else name
 
-    def _wrapped(self, label: str, real: Any) -> Any:
-        label = label if label in TORTURE_FAULTS else label.split()[-1]
+            @functools.wraps(real)
+            def call(*arguments, **named):
+                return self._call(label, real, *arguments, **named)
 
-        @functools.wraps(real)
-        def call(*arguments: Any, **named: Any) -> Any:
-            return self._call(label, real, *arguments, **named)
+            return call
 
-        return call
+        return {name: wrapped(name) for name in names.split() if hasattr(owner, name)}
 
-    def _socket_made(self) -> Any:
+    def _socket_made(self):
         real = socket.socket.__init__
 
-        def make(sock: Any, *arguments: Any, **named: Any) -> None:
+        def make(sock, *arguments, **named):
             is_new = named.get("fileno") is None and len(arguments) < 4
             call = functools.partial(self._call, "socket") if is_new else self._do
             call(real, sock, *arguments, **named)
 
         return make
 
-    def _connect_made(self) -> Any:
-        def methods(base: Any, names: str) -> dict[str, Any]:
-            found = [name for name in names.split() if hasattr(base, name)]
-            return {n: self._wrapped(f"sqlite3 {n}", getattr(base, n)) for n in found}
-
-        names = "execute fetchone fetchall __next__"
-        cursor = type("Cursor", (sqlite3.Cursor,), methods(sqlite3.Cursor, names))
-        names = "executescript commit close"
-        base = sqlite3.Connection
+    def _database_made(self):
+        base, names = sqlite3.Connection, "execute fetchone fetchall __next__"
+        inner = self._wrapped(sqlite3.Cursor, "sql_", names)
+        cursor = type("Cursor", (sqlite3.Cursor,), inner)
         inner = {
             "cursor": lambda database: base.cursor(database, cursor),
             "execute": lambda database, *given: database.cursor().execute(*given),
+            **self._wrapped(base, "sql_", "executescript commit close"),
         }
-        database = type("Database", (base,), {**methods(base, names), **inner})
-        real = self._wrapped("sqlite3 connect", sqlite3.connect)
+        kind = type("Database", (base,), inner)
+        real = self._wrapped(sqlite3, "sql_", "connect")["connect"]
 
-        def connect(*arguments: Any, **named: Any) -> Any:
-            made = real(*arguments, factory=database, **named)
+        def connect(*arguments, **named):
+            made = real(*arguments, factory=kind, **named)
             self.databases.append(weakref.ref(made))
             return made
 
         return connect
 
-    def _call(self, name: str, real: Any, *arguments: Any, **named: Any) -> Any:
-        thread = threading.current_thread()
+    def _call(self, name, real, *arguments, **named):
+        thread, outer = threading.current_thread(), getattr(self._inner, "name", None)
         is_ours = thread is self._caller or hasattr(thread, "tortured")
-        if not is_ours or self._is_inner(name):
-            return self._do(real, *arguments, **named)
-        if name == "start":
-            arguments[0].tortured = True
-        if self._is_due(name, thread):
-            self.has_failed = True
-            return self._do(self.fault.act, real, *arguments, **named)
+        # A call that the library makes within another is none, but for a handshake.
+        is_inner = outer and (outer, name) != ("wrap_socket", "do_handshake")
+        if is_ours and not is_inner:
+            if name == "start":
+                arguments[0].tortured = True
+            if self._is_due(name, thread):
+                self.has_failed = True
+                arguments, real = (real, *arguments), self.fault.act
         return self._do(real, *arguments, **named)
 
-    def _is_due(self, name: str, thread: threading.Thread) -> bool:
-        must_be_callers = {self.fault.name, name} & {*TORTURE_PASSES, "wait"}
-        if must_be_callers and thread is not self._caller:
+    def _is_due(self, name, thread):
+        is_callers = name == "wait" or self.fault in TORTURE_PASSES
+        if is_callers and thread is not self._caller:
             return False
         self.calls.append(name)
-        if name != self.name:
-            return False
         count = self.calls.count(name)
-        return count == self.number or (self.fault.is_lasting and count > self.number)
+        is_later = self.fault.is_lasting and count > self.number
+        return name == self.name and (count == self.number or is_later)
 
-    def _is_inner(self, name: str) -> bool:
-        """A call that the library makes within another is none, but for a handshake."""
-        outer = getattr(self._inner, "name", None)
-        return bool(outer) and (outer, name) != ("wrap_socket", "do_handshake")
-
-    def _do(self, real: Any, *arguments: Any, **named: Any) -> Any:
-        outer = getattr(self._inner, "name", None)
-        self._inner.name = real.__name__
+    def _do(self, real, *arguments, **named):
+        outer, self._inner.name = getattr(self._inner, "name", None), real.__name__
         try:
             return real(*arguments, **named)
         finally:
             self._inner.name = outer
 
 
-class TortureScenario(NamedTuple):
-    """What is run: the server's script, and a call."""
-
-    name: str
-    script: tuple[str, ...]
-    dialect: str = "vllm"
-    options: Any = MappingProxyType({})
-    is_tls: bool = False
-    is_proxied: bool = False
-    journal: str = ""  # what it holds: "", "new", "half" or "whole"
-    call: str = "stream_chat"
-    is_kept: bool = False  # a call before leaves its connection
-
-
-TORTURE_BACKGROUND = {"background": True}
-TORTURE_SCENARIOS = [
-    TortureScenario("retry", ("status:503:retry-after=0",)),
-    TortureScenario("continue", ("drop-event:3",)),
-    TortureScenario(
-        "reattach", ("drop-event:5",), "openai-responses", TORTURE_BACKGROUND
-    ),
-    TortureScenario("new-journal", ("drop-event:3",), journal="new"),
-    TortureScenario("half-journal", ("drop-event:3",), journal="half"),
-    TortureScenario("whole-journal", (), journal="whole"),
-    TortureScenario("tls", ("drop-event:3",), is_tls=True),
-    TortureScenario(
-        "proxy", ("status:503:retry-after=0",), is_tls=True, is_proxied=True
-    ),
-    TortureScenario("kept", (), is_kept=True),
-    TortureScenario("kept-tls", (), is_kept=True, is_tls=True),
-    TortureScenario("events", ("drop-event:3",), call="stream_events"),
-    TortureScenario("complete", ("drop-event:3",), "openai", call="complete_chat"),
-]
+#: What is run: the server's script | a call, and what is so about it.
+TORTURE_SCENARIOS = """
+retry         | status:503:retry-after=0 | vllm
+continue      | drop-event:3             | vllm
+reattach      | drop-event:5             | openai-responses background
+new-journal   | drop-event:3             | vllm journal
+half-journal  | drop-event:3             | vllm journal begun
+whole-journal | ok                       | vllm journal begun
+tls           | drop-event:3             | vllm tls
+proxy         | status:503:retry-after=0 | vllm tls proxied
+kept          | ok                       | vllm kept
+kept-tls      | ok                       | vllm kept tls
+events        | drop-event:3             | stream_events
+complete      | drop-event:3             | openai complete_chat
+"""
+TORTURE_SCENARIOS = {
+    name.strip(): (script.strip(), *words.split())
+    for name, script, words in (
+        row.split("|") for row in TORTURE_SCENARIOS.strip().split("\n")
+    )
+}
 
 
 @pytest.fixture
-def torture_tls(net_tls: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> Any:
+def torture_tls(net_tls, monkeypatch, caplog):
     """The context of a TLS server that is trusted; and no log that holds an error."""
     context, authority = net_tls
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", authority)
@@ -18025,160 +18019,139 @@ def torture_tls(net_tls: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> A
     return context
 
 
-class TortureOutcome(NamedTuple):
-    """How a call ended, without a reference to it."""
-
-    printed: str
-    kept: str | None  # the stream's own ``.text``
-    error: str = ""  # the name of the exception
-    family: str = ""  # of which kind that is
-    told: str = ""  # its ``.text``
-    message: str = ""
+def fresh_module(name):
+    """Another copy of the module."""
+    spec = importlib.util.spec_from_file_location(name, rs.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class TortureBench:
     """A fresh copy of the module, and what a scenario needs around it."""
 
-    def __init__(self, scenario: TortureScenario, tls: Any, folder: Path) -> None:
-        self.scenario = scenario
-        self.tls = tls if scenario.is_tls else None
+    def __init__(self, scenario, tls, folder):
+        self.script, self.kind, *self.more = TORTURE_SCENARIOS[scenario]
+        self.tls = tls if "tls" in self.more else None
         self.journals = (folder / f"{number}.db" for number in itertools.count())
         self.threads = set(threading.enumerate())
-        spec: Any = importlib.util.spec_from_file_location("tortured", rs.__file__)
-        self.module: Any = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(self.module)
+        self.module = fresh_module("tortured")
 
-    def run(self, name: str, number: int, fault: TortureFault) -> TortureShim:
+    def run(self, name, number, fault):
         """Run the scenario with that call failed, and check all that is promised."""
         shim, files = TortureShim(name, number, fault), torture_files()
         pace = {"pieces": 10, "delay": 0.001}  # a read brings one event
-        server = FlakyServer(TORTURE_TEXT, self.scenario.script, tls=self.tls, **pace)
+        server = FlakyServer(TORTURE_TEXT, [self.script], tls=self.tls, **pace)
         proxy = ConnectProxy()
         with server, proxy, pytest.MonkeyPatch.context() as patch:
-            if self.scenario.is_proxied:
+            if "proxied" in self.more:
                 patch.setenv("https_proxy", proxy.url)
             call = self._prepared(server, fault)
             started = time.monotonic()
             with shim:
-                outcome, held = self._outcome(call)
+                wrong, held = self._called(call, shim)
             seconds = time.monotonic() - started
-            wrong = [*self._wrong(outcome, shim)]
             wrong += [f"{seconds:.1f} s"] * (seconds > TORTURE_SECONDS)
             gc.collect()  # a traceback's frames hold cursors, and these a lock
-            wrong += self._wrong_next(call)
+            # The next call, with nothing failed, must go well.
+            again = "".join(self._pieces(call(headers=TORTURE_ALONE)))
+            wrong += ["the next call goes wrong"] * (again != TORTURE_TEXT)
             held += shim.databases
             wrong += torture_wait(lambda: self._left(held, server, proxy))
         wrong += torture_wait(lambda: [f for f in torture_files() if f not in files])
-        wrong += torture_wait(self._left_threads)
-        assert not wrong, (name, number, fault, wrong, outcome, shim.calls)
+        # All new threads but the one watchdog:
+        wrong += torture_wait(
+            lambda: [*(set(threading.enumerate()) - self.threads)][1:]
+        )
+        assert not wrong, (name, number, fault, wrong, shim.calls)
         return shim
 
-    def _prepared(self, server: FlakyServer, fault: TortureFault) -> Any:
+    def _prepared(self, server, fault):
         """The call, and what comes before it."""
-        scenario, module = self.scenario, self.module
+        module, url = self.module, server.url
         limits = TORTURE_SHORT if self._may_be_lost(fault) else TORTURE_PATIENT
-        options: dict[str, Any] = {
-            "timeouts": module.Timeouts(*limits),
-            "retry": module.Retry(**TORTURE_RETRY),
-        }
-        if scenario.journal:
+        options = {"timeouts": module.Timeouts(*limits)}
+        options["retry"] = module.Retry(**TORTURE_RETRY)
+        if self.kind == "stream_events":
+            return functools.partial(module.stream_events, url + "/events", **options)
+        options.update(api_key="k", dialect=self.kind, base_url=url + "/v1")
+        if "journal" in self.more:
             options["journal"] = str(next(self.journals))
-        call = functools.partial(getattr(module, scenario.call), **options)
-        if scenario.call == "stream_events":
-            return functools.partial(call, server.url + "/events")
-        call = functools.partial(
-            call,
-            *("Es war", "m"),
-            base_url=server.url + "/v1",
-            dialect=scenario.dialect,
-            api_key="k",
-            **scenario.options,
-        )
+        if "background" in self.more:
+            options["background"] = True
+        is_whole = "complete_chat" in self.more
+        function = module.complete_chat if is_whole else module.stream_chat
+        call = functools.partial(function, "Es war", "m", **options)
         with contextlib.suppress(module.StreamConnectionError):
-            if scenario.journal in ("half", "whole"):
+            if "begun" in self.more:
                 list(call(retry=None, resume="never", headers=TORTURE_ALONE))
-        if scenario.is_kept:
+        if "kept" in self.more:
             list(call())
         return call
 
-    def _outcome(self, call: Any) -> tuple[TortureOutcome, list[Any]]:
+    def _pieces(self, stream):
+        if "complete_chat" in self.more:
+            return [stream.text]
+        return (getattr(piece, "data", piece) for piece in stream)
+
+    def _called(self, call, shim):
+        """What was wrong with a call, and what of it must be collected."""
         observer, stream, printed = self.module.Observer(), None, ""
-        facts: tuple[str, ...] = ()
-        headers = {} if self.scenario.is_kept else TORTURE_ALONE
+        headers = {} if "kept" in self.more else TORTURE_ALONE
+        error = family = told = message = ""
         try:
             stream = call(observe=observer, headers=headers)
-            if self.scenario.call == "complete_chat":
-                stream = iter([stream.text])
-            for piece in stream:
-                printed += getattr(piece, "data", piece)
-        except BaseException as error:  # noqa: BLE001  (whatever it is, it is judged)
-            facts = self._facts(error)
+            for piece in self._pieces(stream):
+                printed += piece
+        except BaseException as caught:  # noqa: BLE001  (whatever it is, it is judged)
+            families = (self.module.StreamingError, OSError, BaseException)
+            family = next(
+                kind for kind in families if isinstance(caught, kind)
+            ).__name__
+            told, message = getattr(caught, "text", ""), str(caught)
+            error = type(caught).__name__
+        kept = getattr(stream, "text", None)
+        passes = shim.fault in TORTURE_PASSES
+        is_ours = family == "StreamingError"
+        is_named = family == "OSError" and message.startswith("journal=")
+        is_passed = passes and error == shim.fault.name
+        is_swallowed = shim.has_failed and shim.fault.name not in {
+            error,
+            *shim.unraisable,
+        }
+        wrong = {
+            "wrong text": not TORTURE_TEXT.startswith(printed),
+            "kept another text than was handed out": kept not in (None, printed),
+            "a silent cut": not error and printed != TORTURE_TEXT,
+            "the error tells another text": is_ours and told != (kept or told),
+            "a single failure was not mended": is_ours
+            and not self._may_be_lost(shim.fault),
+            f"a foreign error: {error} {message}": error
+            and not (is_ours or is_named or is_passed),
+            "what must pass was swallowed": passes and is_swallowed,
+            f"raised where nobody can catch it: {shim.unraisable}": set(shim.unraisable)
+            - {shim.fault.name},
+        }
         held = [each for each in (observer, stream) if hasattr(each, "__weakref__")]
-        outcome = TortureOutcome(printed, getattr(stream, "text", None), *facts)
-        return outcome, [weakref.ref(each) for each in held]
+        return [name for name in wrong if wrong[name]], [*map(weakref.ref, held)]
 
-    def _facts(self, error: BaseException) -> tuple[str, ...]:
-        families = (self.module.StreamingError, OSError, BaseException)
-        family = next(kind.__name__ for kind in families if isinstance(error, kind))
-        told = getattr(error, "text", "")
-        return type(error).__name__, family, told, str(error)
-
-    def _wrong(self, outcome: TortureOutcome, shim: TortureShim) -> Iterator[str]:
-        """What the outcome must not be."""
-        error, passes = outcome.error, shim.fault.name in TORTURE_PASSES
-        if not TORTURE_TEXT.startswith(outcome.printed):
-            yield "wrong text"
-        if outcome.kept not in (None, outcome.printed):
-            yield "kept another text than was handed out"
-        if not error and outcome.printed != TORTURE_TEXT:
-            yield "a silent cut"
-        if outcome.family == "StreamingError":
-            if outcome.told != (outcome.kept or outcome.told):
-                yield "the error tells another text than was handed out"
-            if not self._may_be_lost(shim.fault):
-                yield "a single failure was not mended"
-        elif outcome.family == "OSError":
-            is_named = outcome.message.startswith("journal=")
-            if not is_named:
-                yield "a foreign error"
-        elif error and not (passes and error == shim.fault.name):
-            yield "a foreign error"
-        raised = {error, *shim.unraisable}
-        if passes and shim.has_failed and shim.fault.name not in raised:
-            yield "what must pass was swallowed"
-        if set(shim.unraisable) - {shim.fault.name}:
-            yield f"raised where nobody can catch it: {shim.unraisable}"
-
-    def _may_be_lost(self, fault: TortureFault) -> bool:
+    def _may_be_lost(self, fault):
         """Whether the fault may cost the answer: else it is resumed."""
         return fault.is_lasting or fault.name in TORTURE_FATAL
 
-    def _wrong_next(self, call: Any) -> list[str]:
-        """The next call, with nothing failed, must go well."""
-        pieces = call(headers=TORTURE_ALONE)
-        if self.scenario.call == "complete_chat":
-            pieces = [pieces.text]
-        text = "".join(getattr(piece, "data", piece) for piece in pieces)
-        return ["the next call goes wrong"] * (text != TORTURE_TEXT)
-
-    def _left(self, held: list[Any], *servers: Any) -> list[str]:
+    def _left(self, held, *servers):
         gc.collect()
         left = [type(ref()).__name__ for ref in held if ref() is not None]
         return left + ["connection"] * sum(s.open_connections for s in servers)
 
-    def _left_threads(self) -> list[str]:
-        """All but the one watchdog."""
-        new = set(threading.enumerate()) - self.threads
-        return [thread.name for thread in new][1:]
 
-
-def torture_files() -> list[str]:
+def torture_files():
     """The open descriptors; elsewhere than on Linux, what the server sees must do."""
     folder = Path("/proc/self/fd")
     return [each.name for each in folder.iterdir()] if folder.is_dir() else []
 
 
-def torture_wait(left: Callable[[], list[str]]) -> list[str]:
+def torture_wait(left):
     """What is still left after a while."""
     end, found = time.monotonic() + 2, left()
     while found and time.monotonic() < end:
@@ -18187,7 +18160,7 @@ def torture_wait(left: Callable[[], list[str]]) -> list[str]:
     return found
 
 
-def torture(scenario: TortureScenario, tls: Any, folder: Path, stride: int) -> int:
+def torture(scenario, tls, folder, stride):
     """Fail one in *stride* of the points of a scenario; how many that were."""
     bench = TortureBench(scenario, tls, folder)
     getattr(gc, "freeze", gc.collect)()  # so that each later collection is short
@@ -18195,9 +18168,9 @@ def torture(scenario: TortureScenario, tls: Any, folder: Path, stride: int) -> i
         bench.run("", 0, TORTURE_NOTHING)  # it starts the watchdog
         calls = bench.run("", 0, TORTURE_NOTHING).calls
         points = [
-            (name, calls[: position + 1].count(name), fault)
-            for position, name in enumerate(calls)
-            for fault in TORTURE_FAULTS[name]
+            (call, calls[: position + 1].count(call), fault)
+            for position, call in enumerate(calls)
+            for fault in TORTURE_FAULTS[call]
         ]
         # A later run may read in fewer calls: what was not reached does not count.
         return sum(bench.run(*point).has_failed for point in points[::stride])
@@ -18205,34 +18178,25 @@ def torture(scenario: TortureScenario, tls: Any, folder: Path, stride: int) -> i
         getattr(gc, "unfreeze", gc.collect)()
 
 
-torture_each = pytest.mark.parametrize(
-    "scenario", TORTURE_SCENARIOS, ids=[scenario.name for scenario in TORTURE_SCENARIOS]
-)
-
-
-@torture_each
-def test_a_call_that_fails_anywhere_costs_no_text(
-    scenario: TortureScenario, torture_tls: Any, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("scenario", TORTURE_SCENARIOS)
+def test_a_call_that_fails_anywhere_costs_no_text(scenario, torture_tls, tmp_path):
     failed = torture(scenario, torture_tls, tmp_path, TORTURE_STRIDE)
     assert failed * TORTURE_STRIDE >= TORTURE_LEAST
 
 
 @pytest.mark.slow
-@torture_each
+@pytest.mark.parametrize("scenario", TORTURE_SCENARIOS)
 def test_no_call_of_all_that_can_fail_costs_text(
-    scenario: TortureScenario, torture_tls: Any, tmp_path: Path, record_property: Any
-) -> None:
+    scenario, torture_tls, tmp_path, record_property
+):
     failed = torture(scenario, torture_tls, tmp_path, 1)
     record_property("calls failed", failed)
     assert failed >= TORTURE_LEAST
 
 
 @pytest.mark.parametrize("fault", TORTURE_FAULTS["start"], ids=lambda fault: fault.name)
-def test_a_stream_that_cannot_start_its_thread_is_whole(
-    fault: TortureFault, torture_tls: Any, tmp_path: Path
-) -> None:
-    bench = TortureBench(TORTURE_SCENARIOS[0], torture_tls, tmp_path)
+def test_a_stream_that_cannot_start_its_thread_is_whole(fault, torture_tls, tmp_path):
+    bench = TortureBench("retry", torture_tls, tmp_path)
     assert bench.run("start", 1, fault).has_failed
 
 
@@ -18258,14 +18222,6 @@ class SimFailure(Exception):
 
 def sim_always():
     return True
-
-
-def fresh_module(name):
-    """Another copy of the module."""
-    spec = importlib.util.spec_from_file_location(name, rs.__file__)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class SimWorld:
