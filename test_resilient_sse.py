@@ -16607,120 +16607,123 @@ def test_an_interrupted_cell_keeps_the_partial_text_and_closes(cell: str) -> Non
 # 20. Promises about the file itself
 # ---------------------------------------------------------------------------
 
-CORE_SOURCE = Path(rs.__file__).read_text(encoding="utf-8")
-CORE_TREE = ast.parse(CORE_SOURCE)
+PROJECT = Path(__file__).resolve().parent
+SOURCE = Path(rs.__file__).read_text(encoding="utf-8")
+SOURCE_TREE = ast.parse(SOURCE)
+OPTIONAL_LINE = "optional: may be cut off here"
 
 
-def core_line_of(mark):
-    found = re.search(rf"^# =+ {re.escape(mark)} =+$", CORE_SOURCE, re.MULTILINE)
+def line_of(mark):
+    found = re.search(rf"^# =+ {re.escape(mark)} =+$", SOURCE, re.MULTILINE)
     assert found, mark
-    return CORE_SOURCE.count("\n", 0, found.start()) + 1
+    return SOURCE.count("\n", 0, found.start()) + 1
 
 
-def core_defined(start, end):
+def source_cut():
+    """The file without its optional part."""
+    lines = SOURCE.splitlines(keepends=True)
+    return "".join(lines[: line_of(OPTIONAL_LINE) - 2])
+
+
+def names_of(node, context):
+    """The names that a node reads or stores, with their lines."""
+    names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+    return {(n.id, n.lineno) for n in names if isinstance(n.ctx, context)}
+
+
+def used_in(start, end):
+    """The names that the file reads between two lines, with their lines."""
+    nodes = [node for node in SOURCE_TREE.body if start <= node.lineno < end]
+    return set().union(*(names_of(node, ast.Load) for node in nodes))
+
+
+def defined_in(start, end):
     """The names that the file defines on its top level between two lines."""
     names = set()
-    for node in CORE_TREE.body:
-        if not start <= node.lineno < end:
-            continue
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names.add(node.name)
-        else:
-            names |= {
-                inner.id
-                for inner in ast.walk(node)
-                if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store)
-            }
+    for node in SOURCE_TREE.body:
+        if start <= node.lineno < end:
+            stored = {name for name, _ in names_of(node, ast.Store)}
+            names |= {node.name} if hasattr(node, "name") else stored
     return names
 
 
-def core_used(start, end):
-    """The names that the file reads between two lines, with their lines."""
-    return {
-        (node.id, node.lineno)
-        for top in CORE_TREE.body
-        if start <= top.lineno < end
-        for node in ast.walk(top)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
-    }
-
-
-CORE_IMPURE = {
-    *["requests", "socket", "ssl", "http", "threading", "time", "random", "subprocess"],
-    *["HTTPAdapter", "HTTPConnectionPool", "HTTPSConnectionPool", "contextlib", "open"],
-    *[
-        "print",
-        "input",
-        "exec",
-        "eval",
-        "__import__",
-        "sys",
-        "heapq",
-        "zlib",
-        "urllib3",
-    ],
-}
+IMPURE = """requests socket ssl http threading time random subprocess HTTPAdapter
+HTTPConnectionPool HTTPSConnectionPool contextlib open print input exec eval __import__
+sys heapq zlib urllib3"""
 
 
 def test_nothing_above_the_first_line_does_input_or_output():
-    imports = max(n.lineno for n in CORE_TREE.body if isinstance(n, ast.ImportFrom))
-    used = core_used(imports + 1, core_line_of("I/O starts here"))
+    imports = max(n.lineno for n in SOURCE_TREE.body if isinstance(n, ast.ImportFrom))
+    used = used_in(imports + 1, line_of("I/O starts here"))
     assert len(used) > 1000
-    assert [use for use in used if use[0] in CORE_IMPURE] == []
+    assert [use for use in used if use[0] in IMPURE.split()] == []
 
 
 def test_the_pure_part_reads_only_names_and_paths_of_the_system():
-    end = core_line_of("I/O starts here")
+    end, nodes = line_of("I/O starts here"), list(ast.walk(SOURCE_TREE))
     uses = {
         node.attr
-        for node in ast.walk(CORE_TREE)
+        for node in nodes
         if isinstance(node, ast.Attribute) and node.lineno < end
         if isinstance(node.value, ast.Name) and node.value.id == "os"
     }
     assert uses <= {"environ", "path"}
-    inner = [
-        n for n in ast.walk(CORE_TREE) if isinstance(n, (ast.Import, ast.ImportFrom))
-    ]
-    first = min(n.lineno for n in CORE_TREE.body if isinstance(n, ast.ClassDef))
-    assert [n.lineno for n in inner if first < n.lineno < end] == []
+    inner = [n.lineno for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))]
+    first = min(n.lineno for n in SOURCE_TREE.body if isinstance(n, ast.ClassDef))
+    assert [line for line in inner if first < line < end] == []
 
 
-@pytest.mark.parametrize("mark", ["I/O starts here", "optional: may be cut off here"])
+@pytest.mark.parametrize("mark", ["I/O starts here", OPTIONAL_LINE])
 def test_nothing_above_a_line_refers_to_what_is_below(mark):
-    line = core_line_of(mark)
-    above, below = core_defined(0, line), core_defined(line, 10**6)
-    assert below - above
-    hidden = (below - above) - set(dir(builtins))
-    assert [use for use in core_used(0, line) if use[0] in hidden] == []
+    line = line_of(mark)
+    below = defined_in(line, 10**6) - defined_in(0, line)
+    assert below
+    hidden = below - set(dir(builtins))
+    assert [use for use in used_in(0, line) if use[0] in hidden] == []
 
 
-def test_the_file_cut_at_the_second_line_still_streams(tmp_path):
-    lines = CORE_SOURCE.splitlines(keepends=True)
-    cut = tmp_path / "another_name.py"
-    head = lines[: core_line_of("optional: may be cut off here") - 2]
-    cut.write_text("".join(head), encoding="utf-8")
-    script = (
-        "import another_name as m, sys\n"
-        f"print(m.ChatStream.replay({CORE_HELLO!r}).complete().text)\n"
-        "assert m.logger.name == 'another_name'\n"
-    )
+def test_the_file_works_under_any_name_and_cut_at_the_second_line(tmp_path):
+    assert SOURCE.count(f"= {OPTIONAL_LINE} =") == 1
+    (tmp_path / "another_name.py").write_text(source_cut(), encoding="utf-8")
+    script = f"""
+import another_name as m
+from another_name import *
+print(m.ChatStream.replay({chat_body("Hel", "lo")!r}).complete().text)
+print("".join(m.ChatStream.replay({chat_body("Hel", "lo")!r})))
+assert m.logger.name == 'another_name'
+"""
+    line = [sys.executable, "-W", "error::SyntaxWarning", "-c", script]
     done = subprocess.run(
+        line, cwd=tmp_path, capture_output=True, check=False, timeout=60
+    )
+    assert done.stdout.split() == [b"Hello", b"Hello"], done.stderr.decode()
+
+
+@pytest.mark.slow
+def test_the_core_tests_pass_on_the_file_cut_at_the_second_line(tmp_path):
+    if os.environ.get("RESILIENT_SSE_CUT"):
+        pytest.skip("this is the inner run")
+    core = source_cut()
+    for name in ("StreamMonitor", "StreamTrace", "main"):
+        core = core.replace(f'    "{name}",\n', "", 1)
+    (tmp_path / "resilient_sse.py").write_text(core, encoding="utf-8")
+    for name in ("test_resilient_sse.py", "README.rst", "LICENSE", "setup.cfg"):
+        shutil.copy(str(PROJECT / name), str(tmp_path))
+    os.symlink(str(PROJECT / "examples"), str(tmp_path / "examples"))
+    line = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    line += ["-k", "decoder or seam or retry or resume", "test_resilient_sse.py"]
+    done = subprocess.run(
+        line,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         check=False,
-        args=[sys.executable, "-W", "error::SyntaxWarning", "-c", script],
-        cwd=str(tmp_path),
-        capture_output=True,
+        timeout=240,
+        env={**os.environ, "RESILIENT_SSE_CUT": "1", "PYTHONPATH": str(tmp_path)},
     )
-    assert done.stdout.split() == [b"Hello"], done.stderr.decode()
-
-
-def test_every_public_name_exists_and_is_listed_once():
-    assert len(set(rs.__all__)) == len(rs.__all__)
-    assert [name for name in rs.__all__ if not hasattr(rs, name)] == []
-    assert rs.__version__.count(".") == 2
-    assert isinstance(
-        ast.literal_eval(re.search(r"^__version__ = (.*)$", CORE_SOURCE, 8).group(1)),
-        str,
-    )
+    shown = done.stdout.decode("utf-8", "replace")
+    assert done.returncode == 0, shown[-3000:]
+    assert " passed" in shown
 
 
 def test_every_public_name_says_what_it_is():
@@ -16728,21 +16731,28 @@ def test_every_public_name_says_what_it_is():
         assert getattr(rs, name).__doc__, name
 
 
-CORE_IMPORT = """
-import gc, logging, socket, sys, threading, warnings
+def test_every_public_name_exists_and_is_listed_once():
+    assert len(set(rs.__all__)) == len(rs.__all__)
+    assert [name for name in rs.__all__ if not hasattr(rs, name)] == []
+    assert rs.__version__.count(".") == 2
+    literal = re.search(r"^__version__ = (.*)$", SOURCE, re.MULTILINE).group(1)
+    assert ast.literal_eval(literal) == rs.__version__
+
+
+IMPORT_SCRIPT = """
+import logging, socket, sys, threading, warnings
 import requests
 warnings.simplefilter("error")
-made = []
-class Counted(socket.socket):
-    def __init__(self, *args, **kwargs):
-        made.append(args)
-        super().__init__(*args, **kwargs)
-socket.socket = Counted
-before = threading.active_count(), list(sys.path), list(logging.getLogger().handlers)
+made, real = [], socket.socket.__init__
+def count(self, *args, **kwargs):
+    made.append(args)
+    real(self, *args, **kwargs)
+socket.socket.__init__ = count
+def state():
+    return threading.active_count(), list(sys.path), list(logging.getLogger().handlers)
+before = state()
 import resilient_sse as rs
-after = threading.active_count(), list(sys.path), list(logging.getLogger().handlers)
-assert before == after, (before, after)
-assert not made, made
+assert before == state(), (before, state())
 kinds = [type(handler) for handler in logging.getLogger("resilient_sse").handlers]
 assert kinds == [logging.NullHandler], kinds
 rs.stream_chat("Hi", "m", base_url="http://127.0.0.1:9/v1", api_key="k")
@@ -16750,20 +16760,13 @@ assert threading.active_count() == before[0] and not made
 """
 
 
-def test_importing_starts_no_thread_and_opens_no_socket():
-    done = subprocess.run(
-        check=False,
-        args=[sys.executable, "-c", CORE_IMPORT],
-        cwd=str(Path(rs.__file__).parent),
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stderr.decode()
+def test_importing_starts_no_thread_opens_no_socket_and_sets_no_handler():
+    net_run(IMPORT_SCRIPT)
 
 
 def test_the_sections_are_those_of_the_map():
-    doc = rs.__doc__
-    mapped = re.findall(r"^ ?(\d+)\. (.+?)  ", doc, re.MULTILINE)
-    titles = re.findall(r"^# (\d+)\. ([^:\n]+)", CORE_SOURCE, re.MULTILINE)
+    mapped = re.findall(r"^ ?(\d+)\. (.+?)  ", rs.__doc__, re.MULTILINE)
+    titles = re.findall(r"^# (\d+)\. ([^:\n]+)", SOURCE, re.MULTILINE)
     assert titles == mapped
     assert importlib.util.find_spec("resilient_sse") is not None
 
@@ -16914,19 +16917,10 @@ def test_engine_demo_survives_the_crash_it_causes(whole: ChatResult) -> None:
 # 22. Promises: README, the copied file, the demo
 # ---------------------------------------------------------------------------
 
-PROJECT = os.path.dirname(os.path.abspath(__file__))
-MODULE = os.path.abspath(rs.__file__)
-
-
-def project_text(name):
-    with open(os.path.join(PROJECT, name), encoding="utf-8") as file:
-        return file.read()
-
 
 def optional_lines():
     """Where the tests of the optional part begin and end in this file."""
-    with open(__file__, encoding="utf-8") as file:
-        lines = file.read().split("\n")
+    lines = Path(__file__).read_text(encoding="utf-8").split("\n")
     heads = [i for i, line in enumerate(lines) if re.match(r"# \d+\. ", line)]
     numbers = [int(lines[i].split()[1].rstrip(".")) for i in heads]
     inside = [i for i, number in zip(heads, numbers) if 13 <= number <= 18]
@@ -16943,167 +16937,57 @@ def needs_the_optional_part(request):
         pytest.skip("the optional part is cut off")
 
 
-def readme_blocks():
-    """The Python blocks of the README."""
-    pattern = r"\.\. code-block:: python\n\n((?:    .*\n|\n)+)"
-    for block in re.findall(pattern, project_text("README.rst")):
-        yield re.sub(r"^    ", "", block, flags=re.MULTILINE)
+README = (PROJECT / "README.rst").read_text(encoding="utf-8")
+README_BLOCKS = [
+    re.sub(r"^    ", "", block, flags=re.MULTILINE)
+    for block in re.findall(r"\.\. code-block:: python\n\n((?:    .*\n|\n)+)", README)
+]
 
 
-@pytest.mark.parametrize("block", list(readme_blocks()), ids=lambda b: b[:40])
+@pytest.mark.parametrize("block", README_BLOCKS, ids=lambda b: b[:40])
 def test_every_python_block_of_the_readme_compiles(block):
     compile(block, "README.rst", "exec")
 
 
 def test_every_name_that_the_readme_imports_exists():
-    for block in readme_blocks():
-        for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom) and node.module == "resilient_sse":
-                for alias in node.names:
-                    assert hasattr(rs, alias.name), alias.name
+    nodes = [n for block in README_BLOCKS for n in ast.walk(ast.parse(block))]
+    imports = [n for n in nodes if isinstance(n, ast.ImportFrom)]
+    names = [n.names for n in imports if n.module == "resilient_sse"]
+    for alias in itertools.chain(*names):
+        assert hasattr(rs, alias.name), alias.name
 
 
 def test_the_readme_lists_every_dialect_and_every_default():
-    readme = project_text("README.rst")
     for name in rs.DIALECTS:
-        assert f"``{name}``" in readme
+        assert f"``{name}``" in README
     for name, value in vars(rs.Timeouts()).items():
         shown = "None" if value is None else f"{value:g}"
-        assert re.search(rf"``{name}``\s+{shown}\s", readme), name
+        assert re.search(rf"``{name}``\s+{shown}\s", README), name
     for name, value in vars(rs.Retry()).items():
-        assert re.search(rf"{name}={value}\b", readme), name
+        assert re.search(rf"{name}={value}\b", README), name
 
 
 def test_the_readme_renders():
     core = pytest.importorskip("docutils.core")
-    html = core.publish_string(
-        project_text("README.rst"),
-        writer_name="html",
-        settings_overrides={"report_level": 2, "halt_level": 2},
-    )
+    strict = {"report_level": 2, "halt_level": 2}
+    html = core.publish_string(README, writer_name="html", settings_overrides=strict)
     assert b"resilient_sse" in html
 
 
 def test_the_licence_travels_with_the_file():
-    licence = project_text("LICENSE").split()
-    with open(MODULE, encoding="utf-8") as file:
-        tail = file.read().rsplit("\n\n\n", 1)[-1]
-    assert tail.replace("#", " ").split() == licence
+    licence = (PROJECT / "LICENSE").read_text(encoding="utf-8")
+    tail = SOURCE.rsplit("\n\n\n", 1)[-1]
+    assert tail.replace("#", " ").split() == licence.split()
 
 
 def test_the_demo_streams_through_every_fault_and_the_text_is_exact():
-    demo = os.path.join(PROJECT, "examples", "demo.py")
-    done = subprocess.run(
-        [sys.executable, demo, "--fast"],
-        stdout=subprocess.PIPE,
-        check=False,
-        stderr=subprocess.STDOUT,
-        timeout=60,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-    )
+    demo, env = str(PROJECT / "examples" / "demo.py"), {"PYTHONIOENCODING": "utf-8"}
+    done = command("--fast", script=[demo], env=env, stderr=subprocess.STDOUT)
     shown = done.stdout.decode("utf-8")
     assert done.returncode == 0, shown
     assert "The text is exact." in shown
     for error in ("APIError", "StreamConnectionError", "StreamTimeoutError"):
         assert error in shown
-
-
-def test_the_file_works_under_any_name_and_cut_at_the_second_line(tmp_path):
-    with open(MODULE, encoding="utf-8") as file:
-        source = file.read()
-    line = "\n# ================== optional: may be cut off here"
-    assert source.count(line) == 1
-    core = source[: source.index(line)].rsplit("\n", 1)[0]
-    (tmp_path / "vendored.py").write_text(core, encoding="utf-8")
-    program = (
-        "import vendored as v\n"
-        "from vendored import *\n"
-        'body = b\'data: {"choices":[{"delta":{"content":"whole"},'
-        '"finish_reason":"stop"}]}\\n\\n\'\n'
-        "print(''.join(v.ChatStream.replay(body)))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=str(tmp_path),
-        stdout=subprocess.PIPE,
-        check=False,
-        timeout=60,
-    )
-    assert done.stdout.strip() == b"whole"
-
-
-@pytest.mark.slow
-def test_the_core_tests_pass_on_the_file_cut_at_the_second_line(tmp_path):
-    if os.environ.get("RESILIENT_SSE_CUT"):
-        pytest.skip("this is the inner run")
-    with open(MODULE, encoding="utf-8") as file:
-        source = file.read()
-    cut = source.index("\n# ================== optional: may be cut off here")
-    core = source[:cut].rsplit("\n", 1)[0] + "\n"
-    names = ("StreamMonitor", "StreamTrace", "main")
-    for name in names:
-        core = core.replace(f'    "{name}",\n', "", 1)
-    (tmp_path / "resilient_sse.py").write_text(core, encoding="utf-8")
-    for name in ("test_resilient_sse.py", "README.rst", "LICENSE", "setup.cfg"):
-        (tmp_path / name).write_text(project_text(name), encoding="utf-8")
-    os.symlink(os.path.join(PROJECT, "examples"), str(tmp_path / "examples"))
-    done = subprocess.run(
-        [
-            sys.executable,
-            *["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"],
-            *["-k", "decoder or seam or retry or resume"],
-            "test_resilient_sse.py",
-        ],
-        cwd=str(tmp_path),
-        stdout=subprocess.PIPE,
-        check=False,
-        stderr=subprocess.STDOUT,
-        timeout=240,
-        env={
-            **os.environ,
-            "RESILIENT_SSE_CUT": "1",
-            "PYTHONPATH": str(tmp_path),
-        },
-    )
-    shown = done.stdout.decode("utf-8", "replace")
-    assert done.returncode == 0, shown[-3000:]
-    assert " passed" in shown
-
-
-def test_importing_starts_no_thread_opens_no_socket_and_sets_no_handler():
-    program = (
-        "import logging, socket, sys, threading\n"
-        "import requests\n"
-        "before = threading.active_count(), list(logging.getLogger().handlers)\n"
-        "def refuse(*a, **k): raise SystemExit('a socket at import')\n"
-        "socket.socket.__init__ = refuse\n"
-        "path = list(sys.path)\n"
-        "import resilient_sse\n"
-        "assert sys.path == path\n"
-        "after = threading.active_count(), list(logging.getLogger().handlers)\n"
-        "assert before == after\n"
-        "print('quiet')\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=os.path.dirname(MODULE),
-        stdout=subprocess.PIPE,
-        check=False,
-        timeout=60,
-    )
-    assert done.stdout.strip() == b"quiet"
-
-
-def test_the_version_names_the_file_by_its_digest(capsys):
-    if not hasattr(rs, "main"):
-        pytest.skip("the optional part is cut off")
-    with contextlib.suppress(SystemExit):
-        rs.main(["--version"])
-    with open(MODULE, "rb") as file:
-        digest = hashlib.sha256(file.read()).hexdigest()
-    shown = capsys.readouterr().out
-    assert rs.__version__ in shown
-    assert digest in shown
 
 
 # ---------------------------------------------------------------------------
@@ -17120,7 +17004,7 @@ CANARIES = {
     "header": "Ue8Qa5Vx 2Ow7Mi9Pk6",
     "query": "Dl3~Bz9Nr5Cy1Fh7",
 }
-CANARY_LOGIN = quote("me", "") + ":" + quote(CANARIES["proxy password"], "")
+CANARY_KEY = CANARIES["key"]
 CANARY_BASIC = base64.b64encode(("me:" + CANARIES["proxy password"]).encode()).decode()
 CANARY_PARTS = {
     text[n : n + 6]
@@ -17130,32 +17014,51 @@ CANARY_PARTS = {
 } - {CANARY_BASIC[:6], "sk-Zq7"}
 CANARY_ECHO = " ".join(
     [*CANARIES.values(), *(quote(c, "") for c in CANARIES.values())]
-    + ["Bearer " + CANARIES["key"], "Basic " + CANARY_BASIC]
+    + ["Bearer " + CANARY_KEY, "Basic " + CANARY_BASIC]
 )
-CANARY_DELTAS = {
-    "openai": {"choices": [{"index": 0, "delta": {"content": "TEXT"}}]},
-    "anthropic": {
-        "type": "content_block_delta",
-        "index": 0,
-        "delta": {"type": "text_delta", "text": "TEXT"},
-    },
-    "gemini": {"candidates": [{"content": {"parts": [{"text": "TEXT"}]}}]},
-    "ollama": {"message": {"content": "TEXT"}, "done": False},
+#: A dialect -> a delta, and what ends its answer; their words are those of the server.
+CANARY_EVENTS = {
+    "openai": (
+        {"choices": [{"index": 0, "delta": {"content": "TEXT"}}]},
+        {"choices": [{"index": 0, "delta": {}, "finish_reason": "TEXT"}]},
+    ),
+    "anthropic": (
+        {
+            "type": "content_block_delta",
+            "delta": {"type": "text_delta", "text": "TEXT"},
+        },
+        {"type": "message_delta", "delta": {"stop_reason": "TEXT"}},
+    ),
+    "gemini": (
+        {"candidates": [{"content": {"parts": [{"text": "TEXT"}]}}]},
+        {"candidates": [{"finishReason": "TEXT"}], "modelVersion": "TEXT"},
+    ),
+    "ollama": (
+        {"message": {"content": "TEXT"}, "done": False},
+        {"done": True, "done_reason": "TEXT", "model": "TEXT"},
+    ),
 }
 
 
-def canary_event(dialect, document):
+def canary_event(dialect, document, text=""):
     form = "%s\n" if dialect == "ollama" else "data: %s\n\n"
-    return (form % json.dumps(document)).encode()
+    whole = json.dumps(document).replace('"TEXT"', json.dumps(text))
+    return (form % whole).encode()
 
 
 def canary_delta(dialect, text):
-    whole = json.dumps(CANARY_DELTAS[dialect])
-    return canary_event(dialect, json.loads(whole.replace('"TEXT"', json.dumps(text))))
+    return canary_event(dialect, CANARY_EVENTS[dialect][0], text)
 
 
-def canary_status(status, body, *, head=""):
-    head = f"HTTP/1.1 {status} {CANARIES['key']}\r\nX-Echo: {CANARY_ECHO}\r\n{head}"
+def canary_end(dialect):
+    document = {**CANARY_EVENTS[dialect][1], "id": "TEXT", "model": "TEXT"}
+    end = canary_event(dialect, document, CANARY_KEY)
+    return end + canary_event(dialect, {"type": "message_stop"})
+
+
+def canary_status(status, body, head=""):
+    head = f"HTTP/1.1 {status} {CANARY_KEY}\r\nX-Echo: {CANARY_ECHO}\r\n{head}"
+    body = body if isinstance(body, str) else json.dumps(body)
     return [(head + "Connection: close\r\n\r\n").encode() + body.encode()]
 
 
@@ -17163,6 +17066,7 @@ def canary_stream(dialect, *pieces):
     kind = "application/x-ndjson" if dialect == "ollama" else "text/event-stream"
     head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nX-Echo: {CANARY_ECHO}\r\n"
     begin = canary_delta(dialect, "Hi")
+    pieces = [p.encode() if isinstance(p, str) else p for p in pieces]
     return [(head + "Connection: close\r\n\r\n").encode() + begin, 0.02, *pieces]
 
 
@@ -17171,92 +17075,53 @@ def canary_error(text):
     return {"error": {**fields, text: text}, "request_id": text, "message": text}
 
 
-def canary_ending(dialect):
-    text = CANARIES["key"]
-    document = {
-        "openai": {"choices": [{"index": 0, "delta": {}, "finish_reason": text}]},
-        "anthropic": {"type": "message_delta", "delta": {"stop_reason": text}},
-        "gemini": {"candidates": [{"finishReason": text}], "modelVersion": text},
-        "ollama": {"done": True, "done_reason": text, "model": text},
-    }[dialect]
-    end = canary_event(dialect, {**document, "id": text, "model": text})
-    return end + canary_event(dialect, {"type": "message_stop"})
+def canary_error_event(dialect, text):
+    document = {"type": "error", **canary_error(text)}
+    return canary_stream(dialect, canary_event(dialect, document))
 
 
-#: What the server does -> what it sends, by dialect; more arguments.
+def canary_said(dialect):
+    """A text with the key, that reads cut."""
+    said = canary_delta(dialect, " " + CANARY_KEY)
+    return canary_stream(dialect, said[:-12], 0.02, said[-12:], canary_end(dialect))
+
+
+#: What the server does -> what it sends, by dialect.
 CANARY_FAULTS = {
-    "401": (lambda d: canary_status(401, json.dumps(canary_error(CANARY_ECHO))), {}),
-    "407": (lambda d: canary_status(407, json.dumps(canary_error(CANARY_ECHO))), {}),
-    "503 as text": (lambda d: canary_status(503, CANARY_ECHO), {"attempts": 2}),
-    "a cut body": (
-        lambda d: canary_status(400, "x" * (65536 - 13) + CANARIES["key"]),
-        {},
+    "401": lambda d: canary_status(401, canary_error(CANARY_ECHO)),
+    "407": lambda d: canary_status(407, canary_error(CANARY_ECHO)),
+    "503 as text": lambda d: canary_status(503, CANARY_ECHO),
+    "a cut body": lambda d: canary_status(400, "x" * (65536 - 13) + CANARY_KEY),
+    "a body that breaks off": lambda d: canary_status(400, CANARY_KEY[:15]),
+    "a cut message": lambda d: canary_status(400, {"error": "y" * 488 + CANARY_ECHO}),
+    "a cut type in the stream": lambda d: canary_error_event(d, "z" * 86 + CANARY_KEY),
+    "an error in the stream": lambda d: canary_error_event(d, CANARY_ECHO),
+    "a drop": lambda d: canary_stream(d),
+    "a drop in a key": lambda d: canary_stream(
+        d, canary_delta(d, "=" + CANARY_KEY)[:-20]
     ),
-    "a body that breaks off": (lambda d: canary_status(400, CANARIES["key"][:15]), {}),
-    "a cut message": (
-        lambda d: canary_status(400, json.dumps({"error": "y" * 488 + CANARY_ECHO})),
-        {},
+    "no answer": lambda d: [1.0],
+    "silence": lambda d: canary_stream(
+        d, canary_event(d, {"x": CANARY_ECHO})[:-2], 1.0
     ),
-    "a cut type in the stream": (
-        lambda d: canary_stream(
-            d,
-            canary_event(
-                d, {"type": "error", **canary_error("z" * 86 + CANARIES["key"])}
-            ),
-        ),
-        {},
+    "broken data": lambda d: canary_stream(d, f'data: {{"content": "{CANARY_ECHO}\n\n'),
+    "no HTTP": lambda d: [CANARY_ECHO.encode() + b"\r\n\r\n"],
+    "HTML": lambda d: canary_status(200, "<p>" + "a" * 62 + CANARY_KEY),
+    "JSON keys": lambda d: canary_status(200, {CANARY_ECHO: 1}),
+    "a compression": lambda d: canary_status(
+        200, "", f"Content-Encoding: {'b' * 24}{CANARY_KEY}\r\n"
     ),
-    "an error in the stream": (
-        lambda d: canary_stream(
-            d, canary_event(d, {"type": "error", **canary_error(CANARY_ECHO)})
-        ),
-        {"attempts": 2},
-    ),
-    "a drop": (lambda d: canary_stream(d), {"attempts": 2}),
-    "a drop in a key": (
-        lambda d: canary_stream(d, canary_delta(d, "=" + CANARIES["key"])[:-20]),
-        {},
-    ),
-    "no answer": (lambda d: [1.0], {"timeouts": Timeouts(first_token=0.2)}),
-    "silence": (
-        lambda d: canary_stream(d, canary_event(d, {"x": CANARY_ECHO})[:-2], 1.0),
-        {"timeouts": Timeouts(read=0.2)},
-    ),
-    "broken data": (
-        lambda d: canary_stream(d, f'data: {{"content": "{CANARY_ECHO}\n\n'.encode()),
-        {},
-    ),
-    "no HTTP": (lambda d: [CANARY_ECHO.encode() + b"\r\n\r\n"], {}),
-    "HTML": (
-        lambda d: canary_status(200, "<p>" + "a" * 62 + CANARIES["key"]),
-        {},
-    ),
-    "JSON keys": (lambda d: canary_status(200, json.dumps({CANARY_ECHO: 1})), {}),
-    "a compression": (
-        lambda d: canary_status(
-            200, "", head=f"Content-Encoding: {'b' * 24}{CANARIES['key']}\r\n"
-        ),
-        {},
-    ),
-    "a limit": (
-        lambda d: canary_stream(d, b"data: " + b"q" * 3000 + CANARY_ECHO.encode()),
-        {"limits": rs.Limits(line=2000, event=2000)},
-    ),
-    "an event's name": (
-        lambda d: canary_stream(d, f"event: {CANARY_ECHO}\ndata: x\n\n".encode()),
-        {},
-    ),
-    "words of the answer": (lambda d: canary_stream(d, canary_ending(d)), {}),
-    "a text with the key": (
-        lambda d: canary_stream(
-            d,
-            canary_delta(d, " " + CANARIES["key"])[:-12],
-            0.02,
-            canary_delta(d, " " + CANARIES["key"])[-12:],
-            canary_ending(d),
-        ),
-        {},
-    ),
+    "a limit": lambda d: canary_stream(d, "data: " + "q" * 3000 + CANARY_ECHO),
+    "an event's name": lambda d: canary_stream(d, f"event: {CANARY_ECHO}\ndata: x\n\n"),
+    "words of the answer": lambda d: canary_stream(d, canary_end(d)),
+    "a text with the key": canary_said,
+}
+CANARY_TWICE = ("503 as text", "an error in the stream", "a drop")
+CANARY_OPTIONS = {
+    **{fault: {"attempts": 2} for fault in CANARY_TWICE},
+    "no answer": {"timeouts": Timeouts(first_token=0.2)},
+    "silence": {"timeouts": Timeouts(read=0.2)},
+    "a limit": {"limits": rs.Limits(line=2000, event=2000)},
 }
 
 
@@ -17265,6 +17130,10 @@ def leaks_in(shown):
     text = shown.decode("latin-1") if isinstance(shown, bytes) else shown
     found = sorted(part for part in CANARY_PARTS if part in text)
     return [(part, text[max(0, text.find(part) - 60) :][:120]) for part in found[:2]]
+
+
+def leaks_among(shown):
+    return [(name, leaks_in(text)) for name, text in shown if leaks_in(text)]
 
 
 def rendered(value, depth=6, seen=None):
@@ -17289,108 +17158,108 @@ def rendered(value, depth=6, seen=None):
     elif isinstance(value, functools.partial):
         inner = [value.args, value.keywords]
     elif type(value).__module__ == rs.__name__ and not isinstance(value, rs.Observer):
-        inner = [
-            held
-            for name, held in getattr(value, "__dict__", {}).items()
-            if name not in ("answer", "text", "result")  # the answer is what it is
-        ]
+        held = getattr(value, "__dict__", {})  # the answer is what it is
+        inner = [held[name] for name in set(held) - {"answer", "text", "result"}]
     for held in inner:
         yield from rendered(held, depth - 1, seen)
 
 
-def frames_of(error):
-    """(frame, variable, what it shows) in the tracebacks of an error and all behind it.
-
-    The frames of this file are the caller's own.
-    """
-    waiting, seen = [error], set()
+def errors_behind(error):
+    """An error, and those that it came from or holds."""
+    waiting, seen = [error], {}
     while waiting:
         error = waiting.pop()
-        if not isinstance(error, BaseException) or id(error) in seen:
-            continue
-        seen.add(id(error))
-        waiting += [error.__cause__, error.__context__, *error.args]
-        for frame, line in traceback.walk_tb(error.__traceback__):
-            if frame.f_code.co_filename == __file__:
-                continue
-            for name, value in list(frame.f_locals.items()):
-                for shown in rendered(value):
-                    yield f"{frame.f_code.co_name}:{line} {name}", shown
+        if isinstance(error, BaseException) and id(error) not in seen:
+            seen[id(error)] = error
+            waiting += [error.__cause__, error.__context__, *error.args]
+    return list(seen.values())
 
 
 def leaks_in_frames(error):
-    return [
-        (where, leaks_in(shown)) for where, shown in frames_of(error) if leaks_in(shown)
-    ]
+    """The canaries in the variables of the tracebacks of an error and all behind it;
+    the frames of this file are the caller's own."""
+    return leaks_among(
+        (f"{frame.f_code.co_name}:{line} {name}", shown)
+        for each in errors_behind(error)
+        for frame, line in traceback.walk_tb(each.__traceback__)
+        if frame.f_code.co_filename != __file__
+        for name, value in list(frame.f_locals.items())
+        for shown in rendered(value)
+    )
 
 
 def leaks_of_error(error):
     found = leaks_in_frames(error)
     lines = traceback.format_exception(type(error), error, error.__traceback__)
-    shown = {"traceback": "".join(lines)}
+    shown = [("traceback", "".join(lines))]
     if isinstance(error, rs.StreamingError):
         error.text = ""
         if error.result is not None:
             error.result = said_nothing(error.result)
-        shown["pickle"] = pickle.dumps(error, 0)
-    waiting = [error]
-    while waiting:
-        inner = waiting.pop()
-        if inner is not None:
-            shown[f"{type(inner)} {id(inner)}"] = f"{inner} {inner!r} {vars(inner)!r}"
-            waiting += [inner.__cause__, inner.__context__]
-    return found + [
-        (name, leaks_in(text)) for name, text in shown.items() if leaks_in(text)
-    ]
+        shown.append(("pickle", pickle.dumps(error, 0)))
+    for each in errors_behind(error):
+        shown.append((repr(type(each)), f"{each} {each!r} {vars(each)!r}"))
+    return found + leaks_among(shown)
 
 
 def said_nothing(result):
     return result._replace(text="", choices={}, message=None, reasoning="")
 
 
-def canary_arguments(url, dialect, options):
-    options = dict(options)
-    attempts = options.pop("attempts", 1)
+def canary_arguments(url, dialect="openai", attempts=1, **options):
     return {
         "model": "m",
         "dialect": dialect,
         "base_url": f"{url}?sig={quote(CANARIES['query'], '')}",
-        "api_key": CANARIES["key"],
+        "api_key": CANARY_KEY,
         "headers": {"X-Gateway-Secret": CANARIES["header"]},
         "retry": Retry(attempts=attempts, wait_initial=0),
         **options,
     }
 
 
+def canary_proxy(server):
+    login = f"me:{quote(CANARIES['proxy password'], '')}"
+    return f"http://{login}@{urlsplit(server.url).netloc}"
+
+
+@pytest.fixture
+def canary_ask(monkeypatch):
+    """Asks by way of a proxy, with every canary, a server that answers in these ways."""
+    with contextlib.ExitStack() as servers:
+
+        def ask(*replies, **options):
+            script = [net_sends(*steps) for steps in replies]
+            server = servers.enter_context(FlakyServer(script=script))
+            monkeypatch.setenv("http_proxy", canary_proxy(server))
+            arguments = canary_arguments("http://llm.test/v1", **options)
+            return stream_chat("Hi", **arguments)
+
+        yield ask
+
+
 @pytest.mark.skipif(
     not hasattr(rs, "StreamTrace"), reason="the optional part is cut off"
 )
-@pytest.mark.parametrize("dialect", CANARY_DELTAS)
+@pytest.mark.parametrize("dialect", CANARY_EVENTS)
 @pytest.mark.parametrize("fault", CANARY_FAULTS)
-def test_no_canary_leaves(fault, dialect, monkeypatch, tmp_path, caplog):
-    make, options = CANARY_FAULTS[fault]
+def test_no_canary_leaves(fault, dialect, canary_ask, tmp_path, caplog):
+    options = CANARY_OPTIONS.get(fault, {})
     caplog.set_level(logging.DEBUG, "resilient_sse")
-    records, errors = [], []
+    records = []
     hooks = [name for name in vars(rs.Observer) if name.startswith("on_")]
     observer = rs.Observer(**{name: records.append for name in hooks})
-    monitor, trace, journal = rs.StreamMonitor(), rs.StreamTrace(), tmp_path / "j"
-    steps = net_sends(*make(dialect))
-    with FlakyServer(script=[steps] * options.get("attempts", 1)) as server:
-        proxy = "http://" + CANARY_LOGIN + "@" + urlsplit(server.url).netloc
-        monkeypatch.setenv("http_proxy", proxy)
-        arguments = canary_arguments("http://llm.test/v1", dialect, options)
-        everyone = [observer, monitor, trace]
-        stream = stream_chat("Hi", **arguments, observe=everyone, journal=journal)
-        try:
-            text = "".join(stream)
-        except rs.StreamingError as error:
-            errors.append(error)
-            text = stream.text
+    monitor, trace = rs.StreamMonitor(), rs.StreamTrace()
+    more = {"observe": [observer, monitor, trace], "journal": tmp_path / "j"}
+    replies = [CANARY_FAULTS[fault](dialect)] * options.get("attempts", 1)
+    stream = canary_ask(*replies, dialect=dialect, **options, **more)
+    text, error = streams_outcome(stream)
     if fault == "a text with the key":
-        assert text == "Hi " + CANARIES["key"]  # the caller has what the model said
+        assert text == "Hi " + CANARY_KEY  # the caller has what the model said
     trace.save(tmp_path / "trace")
     trace.save_raw(tmp_path / "raw")
     result = said_nothing(stream.result)
+    logs = [log for log in caplog.records if log.name == "resilient_sse"]
     shown = {
         "result": repr(result),
         "result's pickle": pickle.dumps(result, 0),
@@ -17398,52 +17267,33 @@ def test_no_canary_leaves(fault, dialect, monkeypatch, tmp_path, caplog):
         "monitor": json.dumps(monitor.report()) + str(monitor) + monitor._repr_html_(),
         "prometheus": monitor.prometheus(),
         "trace": trace.report(),
-        "logs": "\n".join(
-            log.getMessage() for log in caplog.records if log.name == "resilient_sse"
-        ),
+        "logs": "\n".join(log.getMessage() for log in logs),
     }
     for path in tmp_path.iterdir():
         shown[f"file {path.name}"] = path.read_bytes()
     for record in records:
-        if record.what not in (
-            "token",
-            "event",
-            "complete",
-            "error",
-        ):  # the text itself
-            shown[f"record {record.what} {len(shown)}"] = f"{record} {record!r}"
-        elif record.what != "token":
-            shown[f"record {record.what} {len(shown)}"] = str(record)
-    leaks = [(name, leaks_in(text)) for name, text in shown.items() if leaks_in(text)]
-    for error in errors:
-        leaks += leaks_of_error(error)
-    assert leaks == []
+        has_text = record.what in ("token", "event", "complete", "error")
+        told = "" if record.what == "token" else str(record)
+        told += "" if has_text else repr(record)
+        shown[f"record {record.what} {len(shown)}"] = told
+    leaks = leaks_among(shown.items())
+    assert leaks + (leaks_of_error(error) if error else []) == []
 
 
-def test_no_canary_leaves_an_abort(monkeypatch):
-    steps = net_sends(*canary_stream("openai", CANARY_ECHO.encode(), 1.0))
-    with FlakyServer(script=[steps]) as server:
-        proxy = "http://" + CANARY_LOGIN + "@" + urlsplit(server.url).netloc
-        monkeypatch.setenv("http_proxy", proxy)
-        arguments = canary_arguments("http://llm.test/v1", "openai", {})
-        stream = stream_chat("Hi", **arguments)
-        next(stream)
-        threading.Timer(0.1, stream.close).start()
-        with pytest.raises(rs.StreamAbortedError) as caught:
-            list(stream)
+def test_no_canary_leaves_an_abort(canary_ask):
+    stream = canary_ask(canary_stream("openai", CANARY_ECHO, 1.0))
+    next(stream)
+    net_later(0.1, stream.close)
+    with pytest.raises(rs.StreamAbortedError) as caught:
+        list(stream)
     assert leaks_of_error(caught.value) == []
 
 
-def test_no_canary_leaves_a_replay_that_differs(monkeypatch):
-    texts = [canary_stream("openai"), canary_stream("openai")]
-    texts[1][0] = texts[1][0].replace(b"Hi", b"Ho")
-    with FlakyServer(script=[net_sends(*steps) for steps in texts]) as server:
-        proxy = "http://" + CANARY_LOGIN + "@" + urlsplit(server.url).netloc
-        monkeypatch.setenv("http_proxy", proxy)
-        options = {"attempts": 2, "resume": "replay"}
-        arguments = canary_arguments("http://llm.test/v1", "openai", options)
-        with pytest.raises(rs.ResumeMismatchError) as caught:
-            list(stream_chat("Hi", **arguments))
+def test_no_canary_leaves_a_replay_that_differs(canary_ask):
+    begin, *rest = canary_stream("openai")
+    replies = [begin, *rest], [begin.replace(b"Hi", b"Ho"), *rest]
+    with pytest.raises(rs.ResumeMismatchError) as caught:
+        list(canary_ask(*replies, attempts=2, resume="replay"))
     assert leaks_of_error(caught.value) == []
 
 
@@ -17451,53 +17301,38 @@ def test_no_canary_leaves_a_replay_that_differs(monkeypatch):
     "fault", ["401", "407", "no HTTP", "an event's name", "a drop"]
 )
 def test_no_canary_leaves_a_feed_on_a_session_of_the_callers_own(fault):
-    session = requests.Session()
+    session, records = requests.Session(), []
     session.headers["X-Gateway-Secret"] = CANARIES["header"]
     session.trust_env = False
-    records = []
-    observer = rs.Observer(on_event=lambda record: records.append(str(record)))
-    steps = net_sends(*CANARY_FAULTS[fault][0]("openai"))
-    with FlakyServer(script=[steps]) as server:
-        proxy = "http://" + CANARY_LOGIN + "@" + urlsplit(server.url).netloc
-        session.proxies = {"http": proxy}
+    with FlakyServer(script=[net_sends(*CANARY_FAULTS[fault]("openai"))]) as server:
+        session.proxies = {"http": canary_proxy(server)}
         stream = rs.stream_events(
             f"http://llm.test/v1?sig={quote(CANARIES['query'], '')}",
-            headers={"Authorization": "Bearer " + CANARIES["key"]},
+            headers={"Authorization": "Bearer " + CANARY_KEY},
             session=session,
             retry=None,
-            observe=observer,
+            observe=rs.Observer(on_event=lambda record: records.append(str(record))),
         )
-        errors = []
         try:
             list(stream)
         except rs.StreamingError as error:
-            errors.append(error)
-    assert [leaks_of_error(error) for error in errors] == [[]] * len(errors)
+            assert leaks_of_error(error) == []
     assert leaks_in("".join(records)) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "is_secret"),
-    [
-        *((name, True) for name in ("Authorization", "X-Api-Key", "api-key", "Cookie")),
-        *((name, True) for name in ("sig", "code", "X-Amz-Signature", "X-Pass", "pwd")),
-        *((name, True) for name in ("X-Amz-Credential", "access_token", "jwt", "sid")),
-        *(
-            (name, False)
-            for name in ("status_code", "design", "x-compass", "max_tokens")
-        ),
-        *((name, False) for name in ("x-ratelimit-remaining-tokens", "X-Request-Id")),
-        *(
-            (name, False)
-            for name in ("anthropic-ratelimit-key-limit", "encoded", "side")
-        ),
-    ],
-)
-def test_a_secret_is_known_by_the_name_of_its_header(name, is_secret):
+SECRET_NAMES = """Authorization X-Api-Key api-key Cookie sig code X-Amz-Signature X-Pass
+pwd X-Amz-Credential access_token jwt sid"""
+OPEN_NAMES = """status_code design x-compass max_tokens x-ratelimit-remaining-tokens
+X-Request-Id anthropic-ratelimit-key-limit encoded side"""
+
+
+@pytest.mark.parametrize("name", [*SECRET_NAMES.split(), *OPEN_NAMES.split()])
+def test_a_secret_is_known_by_the_name_of_its_header(name):
     seen = []
     with FlakyServer(script=["ok"]) as server:
         observer = rs.Observer(on_request=seen.append)
         list(net_chat(server, headers={name: "value-1234"}, observe=observer))
+    is_secret = name in SECRET_NAMES.split()
     assert (seen[0].data["headers"][name] == "***") == is_secret
 
 
@@ -17506,10 +17341,9 @@ def test_a_secret_in_bytes_is_masked_wherever_reads_cut_it(data, middle):
     key = CANARIES["proxy password"]
     forms = [key, json.dumps(key)[1:-1], quote(key, ""), json.dumps(json.dumps(key))]
     whole = middle.join(["data: ", *data.draw(st.permutations(forms)), "\n\n"]).encode()
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)))))
     kept, rest = b"", b""
-    for start, end in zip([0, *cuts], [*cuts, len(whole)]):
-        seen, rest = rs._masked(rest + whole[start:end], [key])
+    for piece in core_pieces(whole, data.draw(st.lists(st.integers(0, len(whole))))):
+        seen, rest = rs._masked(rest + piece, [key])
         kept += seen
     kept += rs._masked_rest(rest)
     assert len(kept) == len(whole)
@@ -17519,41 +17353,32 @@ def test_a_secret_in_bytes_is_masked_wherever_reads_cut_it(data, middle):
 
 @given(st.text(max_size=60), st.integers(4, 23), st.sampled_from(["", "...", "...)."]))
 def test_a_text_loses_a_secret_that_was_cut_and_nothing_else(text, length, dots):
-    key = CANARIES["key"]
-    assert rs._hidden(text, [key]) == text
-    assert rs._hidden(text + key + text, [key]) == f"{text}***{text}"
-    assert rs._hidden(text + key[:length] + dots, [key]) == f"{text}***{dots}"
+    assert rs._hidden(text, [CANARY_KEY]) == text
+    assert rs._hidden(text + CANARY_KEY + text, [CANARY_KEY]) == f"{text}***{text}"
+    cut = text + CANARY_KEY[:length] + dots
+    assert rs._hidden(cut, [CANARY_KEY]) == f"{text}***{dots}"
 
 
 @pytest.mark.parametrize(
-    ("fault", "hook"),
+    ("fault", "hooks"),
     [
-        ("401", "on_request"),
-        ("401", "on_response"),
-        ("401", "on_error"),
-        ("an error in the stream", "on_chunk"),
-        ("an error in the stream", "on_event"),
-        ("an error in the stream", "on_token"),
+        ("401", "on_request on_response on_error"),
+        ("an error in the stream", "on_chunk on_event on_token"),
         ("no HTTP", "on_error"),
     ],
 )
 def test_what_an_observer_raises_passes_frames_without_a_canary(
-    fault, hook, monkeypatch
+    fault, hooks, canary_ask
 ):
-    steps = net_sends(*CANARY_FAULTS[fault][0]("openai"))
-
     def fail(record):
         raise KeyError("the observer's own")
 
-    with FlakyServer(script=[steps]) as server:
-        proxy = "http://" + CANARY_LOGIN + "@" + urlsplit(server.url).netloc
-        monkeypatch.setenv("http_proxy", proxy)
-        arguments = canary_arguments("http://llm.test/v1", "openai", {})
+    for hook in hooks.split():
         observer = rs.Observer(**{hook: fail})
         with pytest.raises(KeyError) as caught:
-            list(stream_chat("Hi", **arguments, observe=observer))
-    assert caught.traceback[-1].name == "fail"  # where it was raised is still told
-    assert leaks_in_frames(caught.value) == []
+            list(canary_ask(CANARY_FAULTS[fault]("openai"), observe=observer))
+        assert caught.traceback[-1].name == "fail"  # where it was raised is still told
+        assert leaks_in_frames(caught.value) == []
 
 
 def test_an_interrupt_amid_a_send_shows_no_canary(monkeypatch):
@@ -17561,22 +17386,21 @@ def test_an_interrupt_amid_a_send_shows_no_canary(monkeypatch):
         raise KeyboardInterrupt
 
     with FlakyServer() as server:
-        arguments = canary_arguments(server.url + "/v1", "openai", {})
         monkeypatch.setattr(http.client.HTTPConnection, "send", interrupt)
         with pytest.raises(KeyboardInterrupt) as caught:
-            list(stream_chat("Hi", **arguments))
+            list(stream_chat("Hi", **canary_arguments(server.url + "/v1")))
     names = {frame.f_code.co_name for frame, _ in traceback.walk_tb(caught.tb)}
     assert "_send_output" in names  # the lines stay; its variables have the headers
     assert leaks_in_frames(caught.value) == []
 
 
 CANARY_MISUSES = {
-    "another client's name": {"key": CANARIES["key"]},
-    "a URL without a scheme": {"base_url": "me:" + CANARIES["key"] + "@host/v1"},
-    "a port": {"base_url": f"http://me:{CANARIES['key']}@host:abc/v1"},
-    "an unusual host": {"base_url": f"http://me:{quote(CANARIES['key'], '')}@h℀st/v1"},
-    "a key that is not ASCII": {"api_key": CANARIES["key"] + "é"},
-    "a header with a line break": {"headers": {"X-Secret": CANARIES["key"] + "\n"}},
+    "another client's name": {"key": CANARY_KEY},
+    "a URL without a scheme": {"base_url": f"me:{CANARY_KEY}@host/v1"},
+    "a port": {"base_url": f"http://me:{CANARY_KEY}@host:abc/v1"},
+    "an unusual host": {"base_url": f"http://me:{quote(CANARY_KEY, '')}@h℀st/v1"},
+    "a key that is not ASCII": {"api_key": CANARY_KEY + "é"},
+    "a header with a line break": {"headers": {"X-Secret": CANARY_KEY + "\n"}},
     "a bad option": {"timeouts": 3},
     "no such dialect": {"dialect": "x"},
 }
@@ -17585,7 +17409,7 @@ CANARY_MISUSES = {
 @pytest.mark.parametrize("ask", [stream_chat, rs.complete_chat])
 @pytest.mark.parametrize("case", CANARY_MISUSES)
 def test_a_refused_argument_shows_no_canary(case, ask):
-    arguments = canary_arguments("http://llm.test/v1", "openai", CANARY_MISUSES[case])
+    arguments = canary_arguments("http://llm.test/v1", **CANARY_MISUSES[case])
     with pytest.raises((TypeError, ValueError)) as caught:
         ask("Hi", **arguments)
     assert leaks_of_error(caught.value) == []
@@ -17617,25 +17441,15 @@ def test_a_url_that_leads_who_knows_where_is_refused_by_name(url, monkeypatch):
         stream_chat("Hi", "m")
 
 
-@pytest.mark.parametrize(
-    ("url", "is_sent"),
-    [
-        ("HTTPS://API.OPENAI.COM/v1", True),
-        ("https://api.openai.com:443/v1", True),
-        ("https://api.openai.com:/v1", True),
-        ("https://me@api.openai.com/v1", True),
-        ("https://api.openai.com./v1", False),
-        ("https://api.openai.com@evil.example/v1", False),
-        ("https://evil.example#@api.openai.com/v1", False),
-        ("https://evil.example?@api.openai.com/v1", False),
-        ("https://api.openai。com/v1", False),
-        ("https://api.openai.com:8443/v1", False),
-        ("http://api.openai.com/v1", False),
-    ],
-)
-def test_the_environments_key_goes_to_the_providers_own_origin_alone(
-    url, is_sent, monkeypatch
-):
+OWN_ORIGINS = """HTTPS://API.OPENAI.COM/v1 https://api.openai.com:443/v1
+https://api.openai.com:/v1 https://me@api.openai.com/v1"""
+OTHER_ORIGINS = """https://api.openai.com./v1 https://api.openai.com@evil.example/v1
+https://evil.example#@api.openai.com/v1 https://evil.example?@api.openai.com/v1
+https://api.openai。com/v1 https://api.openai.com:8443/v1 http://api.openai.com/v1"""
+
+
+@pytest.mark.parametrize("url", [*OWN_ORIGINS.split(), *OTHER_ORIGINS.split()])
+def test_the_environments_key_goes_to_the_providers_own_origin_alone(url, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "environment-key")
     sent = []
 
@@ -17646,38 +17460,36 @@ def test_the_environments_key_goes_to_the_providers_own_origin_alone(
     monkeypatch.setattr(requests.Session, "send", send)
     with pytest.raises((rs.StreamConnectionError, ValueError)):
         list(stream_chat("Hi", "m", base_url=url, retry=None))
-    assert sent.count("Bearer environment-key") == is_sent
+    is_own = url in OWN_ORIGINS.split()
+    assert sent.count("Bearer environment-key") == is_own
 
 
-@pytest.mark.parametrize(
-    ("dialect", "base_url", "path"),
-    [
-        ("anthropic", "https://h/v1", "/v1/messages"),
-        ("anthropic", "https://h/p/v1/", "/p/v1/messages"),
-        ("anthropic", "https://h/v1/messages", "/v1/messages"),
-        ("anthropic", "https://h/my-v1", "/my-v1/v1/messages"),
-        ("cohere", "https://h/v2", "/v2/chat"),
-        ("ollama", "https://h/api", "/api/chat"),
-        ("ollama-generate", "https://h/api/", "/api/generate"),
-        ("openai", "https://h/v1/chat/completions", "/v1/chat/completions"),
-        ("openai", "https://h/chat", "/chat/chat/completions"),
-        ("openai-responses", "https://h/v1/responses", "/v1/responses"),
-        ("gemini", "https://h", "/v1beta/models/m:streamGenerateContent"),
-        ("gemini", "https://h/v1beta", "/v1beta/models/m:streamGenerateContent"),
-        ("gemini", "https://h/gemini", "/gemini/v1beta/models/m:streamGenerateContent"),
-        ("gemini", "https://h/g/v1/", "/g/v1/models/m:streamGenerateContent"),
-        (
-            "gemini",
-            "https://h/v1/projects/p/locations/l/publishers/google",
-            "/v1/projects/p/locations/l/publishers/google/models/m:streamGenerateContent",
-        ),
-    ],
-)
-def test_a_base_url_that_repeats_what_is_appended_is_understood(
-    dialect, base_url, path
-):
-    url = rs.DIALECTS[dialect].url(base_url, "m")
-    assert urlsplit(url).path == path
+#: Dialect, base URL, and the path of a request; GENERATE for models/m:stream...
+BASE_URLS = """
+anthropic         https://h/v1                   /v1/messages
+anthropic         https://h/p/v1/                /p/v1/messages
+anthropic         https://h/v1/messages          /v1/messages
+anthropic         https://h/my-v1                /my-v1/v1/messages
+cohere            https://h/v2                   /v2/chat
+ollama            https://h/api                  /api/chat
+ollama-generate   https://h/api/                 /api/generate
+openai            https://h/v1/chat/completions  /v1/chat/completions
+openai            https://h/chat                 /chat/chat/completions
+openai-responses  https://h/v1/responses         /v1/responses
+gemini            https://h                      /v1beta/GENERATE
+gemini            https://h/v1beta               /v1beta/GENERATE
+gemini            https://h/gemini               /gemini/v1beta/GENERATE
+gemini            https://h/g/v1/                /g/v1/GENERATE
+gemini            https://h/v1/VERTEX            /v1/VERTEX/GENERATE
+"""
+BASE_URLS = BASE_URLS.replace("VERTEX", "projects/p/locations/l/publishers/google")
+BASE_URLS = BASE_URLS.replace("GENERATE", "models/m:streamGenerateContent").strip()
+
+
+@pytest.mark.parametrize("row", BASE_URLS.split("\n"))
+def test_a_base_url_that_repeats_what_is_appended_is_understood(row):
+    dialect, base_url, path = row.split()
+    assert urlsplit(rs.DIALECTS[dialect].url(base_url, "m")).path == path
 
 
 def test_what_a_server_sends_reaches_a_terminal_without_its_control_characters():
@@ -17692,8 +17504,7 @@ def test_what_a_server_sends_reaches_a_terminal_without_its_control_characters()
     with FlakyServer(script=script) as server, pytest.raises(rs.APIError) as caught:
         list(net_chat(server, observe=[monitor, trace, observer]))
     texts = [str(caught.value), trace.report(), str(monitor), *map(str, records)]
-    texts += [str(records[0].data)]
-    for text in texts:
+    for text in [*texts, str(records[0].data)]:
         assert not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text), text
         assert "\nforged" not in text
 
