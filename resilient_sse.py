@@ -4762,57 +4762,51 @@ class _Guard:
     """The right to end one request from another thread, until it is over."""
 
     def __init__(self) -> None:
-        self.due = _NEVER  # when to fire; written by the reader, for each read
+        self.due = _NEVER  # when to fire; the reader writes it, without a lock
         self.kind = ""  # which limit that is
-        self.verdict = ""  # why it was fired
         self.scheduled = _NEVER  # when the watchdog will look at it again
+        self.verdict = ""  # why it was fired
         self.is_over = False
-        #: ``connect`` or ``request`` as its connection says; "" if none says anything.
+        #: How far its connection says to be, ``connect`` or ``request``; "" at first.
         self.phase = ""
+        #: When each of the two takes too long, and which limit that is.
+        self.limits: dict[str, tuple[float, str]] = {}
         #: Its connection has served before, and brought nothing yet: maybe it is closed.
         self.is_kept = False
-        self.on_phase: Callable[[str], None] | None = None
+        #: The duplicate; None where a transport shows no socket.
+        self.socket: socket.socket | None = None
         # Reentrant: a finalizer may release a guard while its thread fires it.
         self._lock = threading.RLock()
-        self._socket: socket.socket | None = None
         self._process = os.getpid()
 
     def attach(self, fileno: int) -> None:
         """Take a duplicate of the request's socket."""
         duplicate = socket.fromfd(fileno, socket.AF_INET, socket.SOCK_STREAM)
         with self._lock:
-            if self._socket is not None:
-                _let_go(self._socket.close)
-            self._socket = duplicate
-            if self.verdict or self.is_over:
+            if self.socket is not None:
+                _let_go(self.socket.close)
+            self.socket = duplicate
+            if self.verdict or self.is_over:  # fired while there was none
                 self._shut_down()
-
-    @property
-    def is_attached(self) -> bool:
-        """Whether there is a socket to shut down."""
-        return self._socket is not None
 
     def enter(self, phase: str) -> None:
         """The request's connection has come so far."""
         self.phase = phase
-        if self.on_phase is not None:
-            self.on_phase(phase)
+        self.set(*self.limits[phase])
 
     def set(self, due: float, kind: str) -> None:
         """End the request at that time, unless it is set again."""
-        self.kind = kind
+        self.kind = kind  # before the time, with which the watchdog reads it
         self.due = due
         if due < self.scheduled:
             _watchdog().watch(self)
-
-    def rest(self) -> None:
-        """No read is under way: nothing to end."""
-        self.due = _NEVER
 
     def fire(self, verdict: str) -> None:
         """End the request, and say why; once it is over, do nothing."""
         with self._lock:
             if not self.is_over:
+                # First the word, then the deed: what the reader is woken by can look
+                # like a clean end.
                 self.verdict = self.verdict or verdict
                 self._shut_down()
 
@@ -4821,16 +4815,15 @@ class _Guard:
         with self._lock:
             self.is_over = True
             self.due = _NEVER
-            self.on_phase = None  # the watchdog may hold the guard for long
-            if self._socket is not None:
-                _let_go(self._socket.close)
-                self._socket = None
+            if self.socket is not None:
+                _let_go(self.socket.close)
+                self.socket = None
 
     def _shut_down(self) -> None:
         # A forked child only has a copy: to shut that down would end the parent's.
-        if self._socket is not None and self._process == os.getpid():
+        if self.socket is not None and self._process == os.getpid():
             with contextlib.suppress(OSError):  # the peer may have been faster
-                self._socket.shutdown(socket.SHUT_RDWR)
+                self.socket.shutdown(socket.SHUT_RDWR)
 
 
 class _Watchdog:
@@ -4843,18 +4836,27 @@ class _Watchdog:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._heap: list[tuple[float, int, _Guard]] = []
-        self._serial = itertools.count()
+        self._serial = itertools.count()  # guards of the same time have no order
         self._sweep_at = 64
         self._thread: threading.Thread | None = None
 
     def watch(self, guard: _Guard) -> None:
         """Look at the guard when it is due."""
         with self._changed:
+            if len(self._heap) >= self._sweep_at:  # most of them may be over
+                self._heap = [entry for entry in self._heap if not entry[2].is_over]
+                heapq.heapify(self._heap)
+                self._sweep_at = max(64, 2 * len(self._heap))
             self._push(guard)
-            if len(self._heap) > self._sweep_at:
-                self._sweep()
-            if self._thread is None:
-                self._start()
+            if self._thread is None and not sys.is_finalizing():
+                thread = threading.Thread(
+                    target=self._run, name="resilient_sse watchdog", daemon=True
+                )
+                try:
+                    thread.start()
+                    self._thread = thread
+                except RuntimeError as error:
+                    logger.debug("no watchdog: %s; socket timeouts must do", error)
             if self._heap[0][2] is guard:
                 self._changed.notify()
 
@@ -4862,33 +4864,9 @@ class _Watchdog:
         guard.scheduled = due = guard.due  # the reader may change it meanwhile
         heapq.heappush(self._heap, (due, next(self._serial), guard))
 
-    def _sweep(self) -> None:
-        """Forget requests that are over."""
-        self._heap = [entry for entry in self._heap if not entry[2].is_over]
-        heapq.heapify(self._heap)
-        self._sweep_at = max(64, 2 * len(self._heap))
-
-    def _start(self) -> None:
-        if sys.is_finalizing():
-            return
-        thread = threading.Thread(
-            target=self._run, name="resilient_sse watchdog", daemon=True
-        )
-        try:
-            thread.start()
-        except RuntimeError as error:
-            logger.debug("no watchdog: %s; socket timeouts must do", error)
-            return
-        self._thread = thread
-
     def _run(self) -> None:
         while True:
-            guard = self._wait_for_due()
-            guard.fire(guard.kind)
-
-    def _wait_for_due(self) -> _Guard:
-        with self._changed:
-            while True:
+            with self._changed:
                 wait = self._heap[0][0] - _now() if self._heap else None
                 if wait is None or wait > 0:
                     self._changed.wait(wait and min(wait, _LONGEST))
@@ -4897,10 +4875,11 @@ class _Watchdog:
                 # First this, then the look at due: a reader that sets due later sees
                 # that nobody will look at it, and calls watch().
                 guard.scheduled = _NEVER
-                if guard.due <= _now():
-                    return guard
-                if guard.due < _NEVER:
+                is_due = guard.due <= _now()
+                if not is_due and guard.due < _NEVER:
                     self._push(guard)
+            if is_due:
+                guard.fire(guard.kind)  # without our lock, which its reader may want
 
 
 _the_watchdog: _Watchdog | None = None
@@ -4921,15 +4900,20 @@ def _watchdog() -> _Watchdog:
 # ---------------------------------------------------------------------------
 # requests does connections, TLS, proxies and certificates; its body readers are left
 # out, since each of them either waits for more bytes than are there or costs a call a
-# byte.  Exceptions of the libraries are translated here and nowhere else.
+# byte.  Exceptions of the libraries are translated here and nowhere else: by
+# _Exchange._failure.
 
 _READ = 65536
 _USER_AGENT = "resilient-sse/" + __version__
 _GLANCE = 0.5  # seconds between looks at a verdict, where nothing can wake a wait
 _KEPT_IDLE = 5.0  # seconds; a network may forget a connection without a word
 _ROUND_TRIP = 1.0  # seconds in which a closed connection is sure to say so
+_END_WAIT = 5.0  # seconds for what follows a finish reason
 _TIMED_OUT = socket.timeout  # an alias of TimeoutError since Python 3.10
-_CONNECTING = (errno.EINPROGRESS, errno.EWOULDBLOCK)
+
+# -- connections
+# Ours tell the guard of their request how far they are, and show it their socket from
+# before it is connected.
 
 
 class _Sending(threading.local):
@@ -4938,22 +4922,21 @@ class _Sending(threading.local):
 
 _sending = _Sending()
 
-
-def _keep_alive_options() -> list[tuple[int, int, int]]:
-    """No delay, and keep-alive after 60 s, every 60 s, 5 times.
-
-    Balancers and NATs forget what is silent for some minutes, and a model may think
-    for longer.
-    """
-    options = [
-        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    ]
-    idle = "TCP_KEEPALIVE" if sys.platform == "darwin" else "TCP_KEEPIDLE"
-    for name, value in ((idle, 60), ("TCP_KEEPINTVL", 60), ("TCP_KEEPCNT", 5)):
-        if hasattr(socket, name):
-            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
-    return options
+#: No delay, and keep-alive after 60 s, every 60 s, 5 times: balancers and NATs forget
+#: what is silent for some minutes, and a model may think for longer.
+_SOCKET_OPTIONS = [
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    *(
+        (socket.IPPROTO_TCP, getattr(socket, name), value)
+        for name, value in (
+            ("TCP_KEEPALIVE" if sys.platform == "darwin" else "TCP_KEEPIDLE", 60),
+            ("TCP_KEEPINTVL", 60),
+            ("TCP_KEEPCNT", 5),
+        )
+        if hasattr(socket, name)
+    ),
+]
 
 
 class _WatchedResponse(http.client.HTTPResponse):
@@ -4978,7 +4961,6 @@ class _WatchedConnection:
     sock: Any
     host: Any
     port: Any
-    timeout: Any
     source_address: Any
     socket_options: Any
     response_class = _WatchedResponse
@@ -4987,97 +4969,83 @@ class _WatchedConnection:
     #: Whether a connected socket needs a handshake before a request can be sent.
     shakes_hands = False
 
-    def _new_conn(self) -> Any:
-        self.kept_since = _NEVER
-        guard = _sending.guard
-        if guard is not None:
-            guard.is_kept = False
-            guard.enter("connect")
-        try:
-            sock = self._connect_any()
-        except OSError as error:
-            cause = getattr(error, "socket_err", None) or error  # that of PySocks
-            is_late = isinstance(cause, socket.timeout) and _no_errno(cause)
-            kind: Any = ConnectTimeoutError if is_late else NewConnectionError
-            message = f"Failed to establish a new connection: {cause}"
-            raise kind(self, message) from cause
-        if not self.shakes_hands:
-            _announce_ready(sock)
-        return sock
-
     def putrequest(self, *args: Any, **kwargs: Any) -> Any:
         guard = _sending.guard
         if self.sock is not None and guard is not None:
             guard.attach(self.sock.fileno())
             guard.is_kept = self.kept_since < _NEVER
-            _announce_ready(self.sock)
+            self._announce_ready(self.sock, guard)
         return super().putrequest(*args, **kwargs)  # type: ignore[misc]
 
-    def _connect_any(self) -> Any:
+    def _announce_ready(self, sock: Any, guard: _Guard) -> None:
+        """The request can be sent: what is left for the headers is left for that too."""
+        guard.enter("request")
+        sock.settimeout(_finite(guard.due - _now()))
+
+    def _new_conn(self) -> Any:
         """Try all addresses; they share the time, so that a dead one leaves some."""
-        is_bounded = isinstance(self.timeout, (int, float))
-        end = _now() + self.timeout if is_bounded else _NEVER
-        addresses = self._addresses()
-        for left in range(len(addresses), 0, -1):
-            try:
-                return self._connect(addresses[-left], (end - _now()) / left)
-            except OSError:
-                if left == 1 or (_sending.guard and _sending.guard.verdict):
-                    raise
-        raise OSError(f"no address is known for {self.host}")
+        guard = _sending.guard
+        if guard is None:  # a tracer may send in a thread of its own
+            return super()._new_conn()  # type: ignore[misc]
+        self.kept_since, guard.is_kept = _NEVER, False
+        guard.enter("connect")
+        end = guard.due
+        try:
+            addresses = self._addresses()
+            for left in range(len(addresses), 0, -1):
+                until = _now() + max((end - _now()) / left, 0.001)
+                try:
+                    sock = self._connected(addresses[-left], until, guard)
+                    break
+                except OSError:
+                    if left == 1 or guard.verdict:
+                        raise
+            else:
+                raise OSError(f"no address is known for {self.host}")
+        except OSError as error:
+            cause = getattr(error, "socket_err", None) or error  # that of PySocks
+            kind: Any = ConnectTimeoutError if _is_late(cause) else NewConnectionError
+            message = f"Failed to establish a new connection: {cause}"
+            raise kind(self, message) from cause
+        sock.settimeout(_finite(end - _now()))
+        if not self.shakes_hands:
+            self._announce_ready(sock, guard)
+        return sock
 
     def _addresses(self) -> list[Any]:
         return _addresses_of(getattr(self, "_dns_host", self.host), self.port)
 
-    def _connect(self, place: tuple[Any, ...], seconds: float) -> Any:
-        """Connect to one address."""
+    def _socket(self, *kind: Any) -> Any:
+        return socket.socket(*kind)
+
+    def _connected(self, place: tuple[Any, ...], until: float, guard: _Guard) -> Any:
+        """A socket that is connected to one address."""
         family, kind, protocol, _, address = place
-        sock = self._new_socket(family, kind, protocol)
+        sock = self._socket(family, kind, protocol)
         try:
-            for option in self.socket_options or ():
-                sock.setsockopt(*option)
-            for option in _keep_alive_options():
+            for option in [*(self.socket_options or ()), *_SOCKET_OPTIONS]:
                 with contextlib.suppress(OSError):  # some systems lack some of them
                     sock.setsockopt(*option)
             if self.source_address:
                 sock.bind(self.source_address)
-            self._open_socket(sock, address, max(seconds, 0.001))
+            self._connect(sock, address, until, guard)
         except BaseException:
             sock.close()
             raise
         return sock
 
-    def _new_socket(self, family: int, kind: int, protocol: int) -> Any:
-        return socket.socket(family, kind, protocol)
-
-    def _open_socket(self, sock: Any, address: Any, seconds: float) -> None:
+    def _connect(self, sock: Any, address: Any, until: float, guard: _Guard) -> None:
         """Wait for the connection, so that close() and the watchdog can end that."""
-        end, guard = _now() + seconds, _sending.guard
         sock.setblocking(False)
         code = sock.connect_ex(address)
-        if guard is not None:
-            guard.attach(sock.fileno())  # only now: before, a shutdown has no effect
-        if code in _CONNECTING:
-            while not wait_for_write(sock, min(_GLANCE, max(end - _now(), 0))):
-                if _now() >= end or (guard is not None and guard.verdict):
+        guard.attach(sock.fileno())  # only now: before, a shutdown has no effect
+        if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
+            while not wait_for_write(sock, min(_GLANCE, max(until - _now(), 0))):
+                if _now() >= until or guard.verdict:
                     raise _TIMED_OUT("timed out")
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             raise OSError(code, os.strerror(code))
-        sock.settimeout(self.timeout if seconds < _NEVER else None)
-
-
-def _addresses_of(host: str, port: int) -> list[Any]:
-    family = urllib3.util.connection.allowed_gai_family()  # callers replace that
-    return socket.getaddrinfo(host.strip("[]"), port, family, socket.SOCK_STREAM)
-
-
-def _announce_ready(sock: Any) -> None:
-    """The request can be sent: what is left for the headers is left for that too."""
-    guard = _sending.guard
-    if guard is not None:
-        guard.enter("request")
-        sock.settimeout(_finite(guard.due - _now()))
 
 
 class _WatchedSocks(_WatchedConnection):
@@ -5089,18 +5057,21 @@ class _WatchedSocks(_WatchedConnection):
         options = self._socks_options
         return _addresses_of(options["proxy_host"], options["proxy_port"] or 1080)
 
-    def _new_socket(self, family: int, kind: int, protocol: int) -> Any:
-        return sys.modules["socks"].socksocket(family, kind, protocol)
+    def _socket(self, *kind: Any) -> Any:
+        return sys.modules["socks"].socksocket(*kind)
 
-    def _open_socket(self, sock: Any, address: Any, seconds: float) -> None:
-        options, guard = self._socks_options, _sending.guard
-        names = ("rdns", "username", "password")
-        how = [options[name] for name in names]
-        sock.set_proxy(options["socks_version"], *address[:2], *how)
-        sock.settimeout(_finite(seconds))
-        if guard is not None:
-            guard.attach(sock.fileno())  # PySocks connects and negotiates in one call
+    def _connect(self, sock: Any, address: Any, until: float, guard: _Guard) -> None:
+        options = self._socks_options
+        login = [options[name] for name in ("rdns", "username", "password")]
+        sock.set_proxy(options["socks_version"], *address[:2], *login)
+        sock.settimeout(_finite(until - _now()))
+        guard.attach(sock.fileno())  # PySocks connects and negotiates in one call
         sock.connect((self.host, self.port))
+
+
+def _addresses_of(host: str, port: int) -> list[Any]:
+    family = urllib3.util.connection.allowed_gai_family()  # callers replace that
+    return socket.getaddrinfo(host.strip("[]"), port, family, socket.SOCK_STREAM)
 
 
 class _WatchedPool:
@@ -5123,30 +5094,21 @@ class _WatchedPool:
         super()._put_conn(connection)  # type: ignore[misc]
 
 
-_PlainConnection = HTTPConnectionPool.ConnectionCls
-_TLSConnection = HTTPSConnectionPool.ConnectionCls
+def _watched(pool: Any, base: type = _WatchedConnection) -> Any:
+    """A pool like that one, with connections that the guard knows."""
+    plain = pool.ConnectionCls
+    facts = {"shakes_hands": issubclass(pool, HTTPSConnectionPool)}
+    watched = type("_Watched" + plain.__name__, (base, plain), facts)
+
+    def connection_class(self: Any) -> Any:
+        known = pool.ConnectionCls  # a recorder may have replaced it
+        return watched if known is plain else known
+
+    name, bases = "_Watched" + pool.__name__, (_WatchedPool, pool)
+    return type(name, bases, {"ConnectionCls": property(connection_class)})
 
 
-class _WatchedPlain(_WatchedConnection, _PlainConnection):  # type: ignore[misc,valid-type]
-    pass
-
-
-class _WatchedTLS(_WatchedConnection, _TLSConnection):  # type: ignore[misc,valid-type]
-    shakes_hands = True
-
-
-class _PlainPool(_WatchedPool, HTTPConnectionPool):
-    @property
-    def ConnectionCls(self) -> Any:  # type: ignore[override]
-        known = HTTPConnectionPool.ConnectionCls  # a recorder may have replaced it
-        return _WatchedPlain if known is _PlainConnection else known
-
-
-class _TLSPool(_WatchedPool, HTTPSConnectionPool):
-    @property
-    def ConnectionCls(self) -> Any:  # type: ignore[override]
-        known = HTTPSConnectionPool.ConnectionCls
-        return _WatchedTLS if known is _TLSConnection else known
+_POOLS = {"http": _watched(HTTPConnectionPool), "https": _watched(HTTPSConnectionPool)}
 
 
 class _WatchedAdapter(HTTPAdapter):
@@ -5158,30 +5120,28 @@ class _WatchedAdapter(HTTPAdapter):
 
     def proxy_manager_for(self, proxy: Any, **kwargs: Any) -> Any:
         manager: Any = super().proxy_manager_for(proxy, **kwargs)
-        by_socks = str(proxy).lower().startswith("socks")
-        known = manager.pool_classes_by_scheme
-        manager.pool_classes_by_scheme = _socks_pools(known) if by_socks else _POOLS
+        pools = manager.pool_classes_by_scheme
+        if not issubclass(pools["http"], _WatchedPool):  # else it is an old manager
+            by_socks = str(proxy).lower().startswith("socks")
+            manager.pool_classes_by_scheme = (
+                {
+                    scheme: _watched(pool, _WatchedSocks)
+                    for scheme, pool in pools.items()
+                }
+                if by_socks
+                else _POOLS
+            )
         return manager
 
 
-_POOLS = {"http": _PlainPool, "https": _TLSPool}
-
-
-def _socks_pools(known: Mapping[str, Any]) -> dict[str, Any]:
-    """Ours, made of those that urllib3 has if PySocks is there."""
-    pools = {}
-    for scheme, pool in known.items():
-        if issubclass(pool, _WatchedPool):  # the manager is an old one
-            return dict(known)
-        facts = {"shakes_hands": scheme == "https"}
-        kind = type("_Socks", (_WatchedSocks, pool.ConnectionCls), facts)
-        pools[scheme] = type(
-            "_SocksPool", (_WatchedPool, pool), {"ConnectionCls": kind}
-        )
-    return pools
-
+# -- our session
+# Session.request() does anew for each call what comes out the same each time: it reads
+# the whole environment twice, merges cookies and hooks, and looks for redirects.  Where
+# nobody has put himself into that way, and no proxy is named, we go around it.
 
 _the_session: requests.Session | None = None
+_utils: Any = requests.utils
+_seen_environment: tuple[Any, list[str], Any] = (None, [], True)
 
 
 def _own_session() -> requests.Session:
@@ -5211,6 +5171,118 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_parent)
 
 
+def _way_of(session: type) -> list[Any]:
+    """What stands between a call and the adapter: mocks, caches and tracers replace it."""
+    own = "__init__ request prepare_request merge_environment_settings get_adapter send"
+    others = [
+        requests.PreparedRequest.prepare,
+        HTTPAdapter.send,
+        requests.sessions.get_environ_proxies,
+        _utils.getproxies,
+    ]
+    return [*(getattr(session, name) for name in own.split()), *others]
+
+
+def _is_original(step: Any) -> bool:
+    """Whether it is what requests, or Python, has defined.
+
+    A wrapper shows the name and the module of what it wraps, but has its own globals;
+    or it is an object that shows those too, but has another type.
+    """
+    home = getattr(step, "__globals__", {}).get("__name__", "").partition(".")[0]
+    return type(step) is type(_way_of) and home in ("requests", "urllib")
+
+
+_WAY = _way_of(requests.Session)
+# On Windows and macOS, proxies are also a matter of the system's settings.
+_asks_environment = _utils.getproxies is _utils.getproxies_environment
+_may_go_around = _asks_environment and all(map(_is_original, _WAY))
+
+
+def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    return request  # any callable keeps .netrc from replacing the key
+
+
+def _is_way_clear(session: requests.Session) -> bool:
+    """Whether nothing is lost by going around Session.request()."""
+    return _may_go_around and _way_of(type(session)) == _WAY
+
+
+def _proxy_settings() -> tuple[list[str], Any]:
+    """The proxies that the environment names, and how it wants servers verified.
+
+    To read it costs more than the rest of a request's preparation, and most
+    environments stay as they are: it is compared with what it was at the last look.
+    """
+    global _seen_environment
+    now: Any = getattr(os.environ, "_data", os.environ)
+    before, proxies, verify = _seen_environment
+    if now != before:
+        before = dict(now)  # first of all: a change after it is seen at the next look
+        named = _utils.getproxies_environment().items()
+        proxies = [url for scheme, url in named if scheme != "no"]
+        bundles = map(os.environ.get, ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"))
+        verify = next(filter(None, bundles), True)
+        _seen_environment = before, proxies, verify
+    return proxies, verify
+
+
+@functools.lru_cache(maxsize=16)
+def _prepared_url(url: str) -> str:
+    sent = requests.PreparedRequest()
+    sent.prepare_url(url, None)
+    return str(sent.url)
+
+
+def _send_around(
+    session: requests.Session, request: _Request, timeout: Any, verify: Any
+) -> requests.Response:
+    """What Session.request() comes to for ours, where the environment names no proxy."""
+    pairs = [*session.headers.items(), *request.headers.items()]
+    headers = {name.lower(): (name, str(value)) for name, value in pairs}
+    sent = requests.PreparedRequest()
+    sent.prepare_method(request.method)
+    sent.url = _prepared_url(str(request.url))
+    sent.prepare_headers(dict(headers.values()))
+    sent.prepare_body(request.data, None)
+    adapter = session.get_adapter(sent.url)
+    return adapter.send(sent, stream=True, timeout=timeout, verify=verify)
+
+
+def _send_through(
+    session: requests.Session,
+    request: _Request,
+    timeout: Any,
+    hook: Callable[..., None],
+) -> requests.Response:
+    """By a session whose ways are not known."""
+    # The hooks of a request would replace those of the session.
+    hooks: Any = session.hooks.get("response") or []
+    settings: dict[str, Any] = {}
+    # What the session was told, and requests would let the environment win.
+    if session.verify is not True:
+        settings["verify"] = session.verify
+    if session.proxies:
+        settings["proxies"] = dict(session.proxies)
+    return session.request(
+        request.method,
+        str(request.url),
+        data=request.data,
+        headers={name: str(value) for name, value in request.headers.items()},
+        stream=True,
+        timeout=timeout,
+        allow_redirects=False,
+        hooks={"response": [*([hooks] if callable(hooks) else hooks), hook]},
+        auth=None if session.auth else _no_auth,
+        **settings,
+    )
+
+
+# -- bodies
+# read() returns what one read of the socket brings, as soon as it is there: nothing,
+# where that is framing alone; is_clean says whether the body has come to its end.
+
+
 class _CutBody(Exception):
     """The body ended before its end."""
 
@@ -5228,17 +5300,16 @@ class _PlainBody:
         self.is_clean = length == 0
 
     def read(self) -> bytes:
-        """Return the next bytes as soon as there are any; b"" at the clean end."""
         if self.is_clean:
             return b""
         data: bytes = self._source.read1(_READ)
-        if self._left is not None:
-            self._left -= len(data)
-            if not data and self._left > 0:
-                raise _CutBody(f"{self._left} bytes are missing")
-            self.is_clean = self._left <= 0
-        elif not data:
-            self.is_clean = True
+        if self._left is None:
+            self.is_clean = not data
+            return data
+        self._left -= len(data)  # for http.client takes a short body for a whole one
+        if not data and self._left > 0:
+            raise _CutBody(f"{self._left} bytes are missing")
+        self.is_clean = self._left <= 0
         return data
 
 
@@ -5251,37 +5322,35 @@ class _ChunkedBody:
     def __init__(self, source: Any) -> None:
         self._source = source
         self._receive: Callable[[int], bytes] = self._receive_first
-        self._rest = b"\r\n"  # as if a chunk had just ended
+        self._rest = b"\r\n"  # framing that is not whole; as if a chunk had just ended
         self._left = 0  # bytes of the present chunk that are still to come
-        self._is_ending = False  # the last chunk was seen
-        self._fault = ""
+        self._is_ending = False  # the last chunk was seen; the rest is of the trailer
+        self._fault = ""  # raised by the next read: what came before it goes out first
         self.is_clean = False
 
     def read(self) -> bytes:
-        """Return what one read brings: nothing, where it brings framing alone."""
         if self._fault:
             raise _CutBody(self._fault)
         if self.is_clean:
             return b""
         data = self._receive(_READ)
+        # A live stream brings one whole chunk a read; only where one can begin (the
+        # rest of a trailer is never this, nor is there any within a chunk).
+        if self._rest == b"\r\n" and data[-2:] == b"\r\n":
+            start = data.find(b"\n") + 1
+            try:
+                size = int(data[:start], 16)
+            except ValueError:
+                size = 0  # extensions, or a fault
+            if size > 0 and start + size + 2 == len(data):
+                return data[start:-2]
         if self._is_ending:
             self._end(self._rest + data)
             self.is_clean = self.is_clean or not data  # the content was whole
             return b""
         if not data:
             raise _CutBody("the last chunk is missing")
-        if self._rest == b"\r\n" and data[-2:] == b"\r\n":
-            return self._only_chunk(data) or self._strip(data)
         return self._strip(data)
-
-    def _only_chunk(self, data: bytes) -> bytes:
-        """The content, if the read is one whole chunk, as in a live stream."""
-        start = data.find(b"\n") + 1
-        try:
-            end = start + int(data[:start], 16)
-        except ValueError:
-            return b""
-        return data[start:end] if end + 2 == len(data) else b""
 
     def _receive_first(self, size: int) -> bytes:
         """What came with the headers is in the file; all else is in the socket."""
@@ -5305,32 +5374,27 @@ class _ChunkedBody:
         while position + 2 < end:
             start = raw.find(b"\n", position + 2) + 1
             if not start:
-                self._check_header(raw[position:])
+                if end - position > _READ:
+                    self._fault = "a chunk header has no end"
                 break
             header = raw[position:start]
             try:
-                length = int(header, 16)
+                size = int(header, 16)
             except ValueError:
-                length = _length_before_extensions(header)
-            if length <= 0 or header[:2] != b"\r\n":
-                self._stop(header, length, raw[start:])
-                return b"".join(pieces)  # handed out before a fault
-            position = start + length
+                digits = header.partition(b";")[0].strip()  # before extensions
+                is_number = re.match(rb"[0-9A-Fa-f]{1,15}\Z", digits)
+                size = int(digits, 16) if is_number else -1
+            if size < 0 or header[:2] != b"\r\n":
+                self._fault = "a chunk header is garbled"
+                break
+            if size == 0:
+                self._end(raw[start:])
+                return b"".join(pieces)
+            position = start + size
             pieces.append(raw[start:position])
-        self._left = position - end if position > end else 0
+        self._left = max(position - end, 0)
         self._rest = raw[position:]
         return b"".join(pieces)
-
-    def _check_header(self, begun: bytes) -> None:
-        if len(begun) > _READ:
-            self._fault = "a chunk header has no end"
-
-    def _stop(self, header: bytes, length: int, rest: bytes) -> None:
-        """The last chunk, or what is none."""
-        if length == 0 and header[:2] == b"\r\n":
-            self._end(rest)
-        else:
-            self._fault = "a chunk header is garbled"
 
     def _end(self, trailer: bytes) -> None:
         """Take the trailer section, so that the connection can be used again."""
@@ -5340,21 +5404,15 @@ class _ChunkedBody:
             self._fault = "the trailer section has no end"
 
 
-def _length_before_extensions(header: bytes) -> int:
-    """The length of a chunk; negative if it cannot be told."""
-    digits = header.partition(b";")[0].strip()
-    return int(digits, 16) if re.match(rb"[0-9A-Fa-f]{1,15}\Z", digits) else -1
-
-
-class _SlowBody(_PlainBody):
+class _SlowBody:
     """The way that always works, and inflates: for transports that hide their file.
 
     :param size: bytes that are waited for; 1 unless they are known to be there.
     """
 
     def __init__(self, response: requests.Response, size: int) -> None:
-        super().__init__(None, None)
         self._pieces = response.iter_content(size)
+        self.is_clean = False
 
     def read(self) -> bytes:
         data: bytes = next(self._pieces, b"")
@@ -5377,58 +5435,32 @@ class _InflatedBody:
         self.is_clean = False
 
     def read(self) -> bytes:
-        """Return what one read brings: nothing, where that is too little to inflate."""
-        data = self._input
+        data, inflater = self._input, self._inflater
         if not data and not self._is_full:
             data = self._body.read()
             if not data:
-                self._end()
+                if self._body.is_clean and inflater is not None and not inflater.eof:
+                    raise _CutBody("the compressed data broke off")
+                self.is_clean = self._body.is_clean
                 return b""
-        return self._inflate(data)
-
-    def _end(self) -> None:
-        if not self._body.is_clean:
-            return
-        if self._inflater is not None and not self._inflater.eof:
-            raise _CutBody("the compressed data broke off")
-        self.is_clean = True
-
-    def _inflate(self, data: bytes) -> bytes:
-        inflater = self._inflater
         if inflater is None or inflater.eof:  # gzip's members may be padded with zeros
-            self._input = data = data.lstrip(b"\0") if inflater else data
+            data = self._input = data.lstrip(b"\0") if inflater else data
             if not data:
                 return b""
-            self._inflater = inflater = self._new_inflater(data)
+            # Raw deflate is sent under the name of zlib's format.  Its first byte tells:
+            # zlib's ends in the digit 8, and gzip's is 1F; neither begins a block of it.
+            is_wrapped = data[0] & 15 == 8 or data[0] == 0x1F
+            is_raw = self._encoding == "deflate" and not is_wrapped
+            window = -zlib.MAX_WBITS if is_raw else zlib.MAX_WBITS | 32
+            self._inflater = inflater = zlib.decompressobj(window)
         piece: bytes = inflater.decompress(data, _READ)
         self._is_full = len(piece) == _READ and not inflater.eof
         self._input = inflater.unconsumed_tail or inflater.unused_data
         return piece
 
-    def _new_inflater(self, data: bytes) -> Any:
-        """Raw deflate is sent under the name of zlib's format.
-
-        Its first byte tells: zlib's ends in the digit 8, and gzip's is 1F; neither
-        begins a block of deflate.
-        """
-        is_wrapped = data[0] & 15 == 8 or data[0] == 0x1F
-        if self._encoding == "deflate" and not is_wrapped:
-            return zlib.decompressobj(-zlib.MAX_WBITS)
-        return zlib.decompressobj(zlib.MAX_WBITS | 32)
-
 
 if TYPE_CHECKING:
-    _Body = _PlainBody | _ChunkedBody | _InflatedBody
-
-#: All that sending may raise, in any version of any library below us.
-_REQUEST_ERRORS = (OSError, http.client.HTTPException, HTTPError, ValueError)
-#: All that a body's read may raise.
-_BODY_ERRORS = (
-    *_REQUEST_ERRORS,
-    AttributeError,
-    zlib.error,
-    _CutBody,
-)
+    _Body = _PlainBody | _ChunkedBody | _SlowBody | _InflatedBody
 
 
 def _body_of(response: requests.Response) -> _Body:
@@ -5459,6 +5491,9 @@ def _body_of(response: requests.Response) -> _Body:
     )
 
 
+# -- the exchange
+
+
 class _Request(NamedTuple):
     """What is sent."""
 
@@ -5480,30 +5515,17 @@ class _Request(NamedTuple):
         return _hidden(_bare_url(self.url), self.secrets)
 
 
-def _secrets_sent(sent: Any) -> tuple[_Secret, ...]:
-    """The secrets of a request as a session sent it, or of what it sends with each."""
-    pairs = (getattr(sent, "headers", None) or {}).items()
-    headers = {name: value for name, value in pairs if isinstance(value, str)}
-    binary = {name: value for name, value in pairs if isinstance(value, bytes)}
-    headers.update((name, value.decode("latin-1")) for name, value in binary.items())
-    return _secrets_in(str(getattr(sent, "url", "")), headers)
-
-
-def _proxy_secrets(session: requests.Session | None) -> set[_Secret]:
-    """The passwords of the proxies that the environment and a session name."""
-    names = ("http_proxy", "https_proxy", "all_proxy")
-    # Not getproxies(), which decodes the whole environment for each request.
-    found = [os.environ.get(n) for name in names for n in (name, name.upper())]
-    proxies = [*found, *(getattr(session, "proxies", None) or {}).values()]
-    urls = [p if "//" in p else "//" + p for p in map(str, filter(None, proxies))]
-    return {secret for url in urls for secret in _secrets_in(url, {})}
-
-
-_END_WAIT = 5.0  # seconds for what follows a finish reason
-
-
 class _Deadlines:
     """When what has taken too long; time that the caller takes does not count.
+
+    ========  ==========================================================
+    connect   Timeouts.connect after the sending
+    headers   first_token after it; else idle; for a feed, read
+    stream    read after the last byte, and idle after the last progress
+    end       read, but at most 5 s, after the finish reason
+    ========  ==========================================================
+
+    The headers' limit holds up to the first delta, and Timeouts.total for all.
 
     :param started: when the call began.
     """
@@ -5513,17 +5535,15 @@ class _Deadlines:
         self._silence = _or_never(timeouts.read)
         self._idle = _or_never(timeouts.idle)
         self._end = started + _or_never(timeouts.total)
-        self._sent = self._moved = started
-        self.heard = 0  # bytes that this request had brought by then
-        #: Deltas have come, or none is waited for (a feed without first_token).
-        self.has_begun = False
-        self.has_finished = False
+        self.send(started)
 
     def send(self, now: float) -> None:
         """A request is being sent."""
         self._sent = self._moved = now
-        self.heard = 0
-        self.has_begun = self.has_finished = False
+        self.heard = 0  # bytes that this request had brought by the last progress
+        #: Deltas have come, or none is waited for (a feed without first_token).
+        self.has_begun = False
+        self._has_finished = False
 
     def skip(self, seconds: float) -> None:
         """The caller took so long to come back for more."""
@@ -5537,7 +5557,7 @@ class _Deadlines:
     def expect_end(self, now: float) -> None:
         """All that matters is there; the rest must come soon."""
         self._moved = now
-        self.has_finished = True
+        self._has_finished = True
 
     def connect(self) -> tuple[float, str]:
         """The end of connecting, and its name."""
@@ -5548,28 +5568,24 @@ class _Deadlines:
         """The end of waiting for the headers."""
         first = self._timeouts.first_token
         if self.has_begun:  # such a feed: no event is due, but some byte is
-            limit = (self._sent + _or_never(self._timeouts.read), "read")
+            limit = (self._sent + self._silence, "read")
         elif first is None:
-            limit = (self._sent + _or_never(self._timeouts.idle), "idle")
+            limit = (self._sent + self._idle, "idle")
         else:
             limit = (self._sent + first, "first_token")
         return min(limit, (self._end, "total"))
 
     def read(self, now: float) -> tuple[float, str]:
         """The end of the read that begins now."""
-        if not self.has_begun and not self.has_finished:
-            return self.headers()
-        due, kind = now + self._silence, "read"
-        if self.has_finished:
+        if self._has_finished:
             due, kind = self._moved + min(self._silence, _END_WAIT), "end"
-        elif self._moved + self._idle < due:
-            due, kind = self._moved + self._idle, "idle"
+        elif not self.has_begun:
+            return self.headers()
+        else:
+            due, kind = now + self._silence, "read"
+            if self._moved + self._idle < due:
+                due, kind = self._moved + self._idle, "idle"
         return (due, kind) if due < self._end else (self._end, "total")
-
-    def for_requests(self, now: float) -> tuple[float | None, float | None]:
-        """The timeouts to give to requests: connect, and up to the headers."""
-        connect, headers = self.connect()[0] - now, self.headers()[0] - now
-        return _finite(connect), _finite(headers)
 
     def seconds(self, kind: str) -> float:
         """How long the limit of that name is."""
@@ -5603,92 +5619,21 @@ _CLOSED = "the stream was closed by another thread"
 _DROPS = {
     "connect": "could not connect to {} ({}): is the network up, and the base URL right?",
     "request": "the connection to {} dropped before the response began ({})",
-    "stream": "the connection to {} dropped in the middle of the response ({})",
+    "": "the connection to {} dropped in the middle of the response ({})",
 }
+#: All that sending may raise, in any version of any library below us.
+_REQUEST_ERRORS = (OSError, http.client.HTTPException, HTTPError, ValueError)
+#: All that a body's read may raise.
+_BODY_ERRORS = (*_REQUEST_ERRORS, AttributeError, zlib.error, _CutBody)
 
 
-class _Failures:
-    """The one place where exceptions of the libraries, and verdicts, become ours."""
+class _Exchange:
+    """One request and its response: open, check_status, read ..., drain, close.
 
-    def __init__(
-        self,
-        session: requests.Session | None,
-        host: str,
-        deadlines: _Deadlines,
-        guard: _Guard,
-    ) -> None:
-        self._session = session
-        self._host = host
-        self._deadlines = deadlines
-        self._guard = guard
-        self._body: _Body | None = None
-        self.bytes = 0
+    It knows sockets, and nothing of answers.  The guard's verdict is looked at before
+    and behind whatever may block: a socket that was shut down can look like anything.
 
-    def _check_verdict(self) -> None:
-        if self._guard.verdict:
-            raise self._judged(self._guard.verdict)
-
-    def _judged(self, verdict: str) -> StreamingError:
-        """The error that the guard's verdict stands for."""
-        if verdict != "closed":
-            return self._timeout(verdict)
-        return StreamAbortedError(_CLOSED, phase=self._phase())
-
-    def _phase(self, error: BaseException | None = None) -> str:
-        """Where it stands before the response; behind that, the loop knows more."""
-        if self._body is not None:
-            return ""
-        if self._guard.phase:
-            return self._guard.phase
-        signs = (NewConnectionError, ProxyError, ssl.SSLError)
-        causes = _chain(error) if error else ()
-        is_sure = any(isinstance(e, signs) for e in causes)
-        return "connect" if is_sure else "request"
-
-    def _timeout(self, kind: str) -> StreamingError:
-        now = _now()
-        if self._deadlines.left(now) <= 0:
-            kind = "total"
-        seconds = self._deadlines.seconds(kind)
-        is_silence = kind == "idle" and self.bytes == self._deadlines.heard
-        advice = _TIMEOUT_ADVICE.get("silence" if is_silence else kind, "")
-        message = f"the {kind} timeout of {seconds:g} s passed: {advice}"
-        phase = "connect" if kind == "connect" else self._phase()
-        retryable = kind != "total"
-        return StreamTimeoutError(message, kind=kind, phase=phase, retryable=retryable)
-
-    def _translated(self, error: BaseException, step: str) -> StreamingError:
-        if self._guard.verdict:
-            return self._judged(self._guard.verdict)
-        if self._is_timeout(error):
-            return self._timeout(self._kind_of_timeout(error, step))
-        phase = self._phase(error)
-        return StreamConnectionError(
-            _DROPS[phase or "stream"].format(self._host, _reason(error)),
-            phase=phase,
-            retryable=not _is_certificate_error(error),
-        )
-
-    def _is_timeout(self, error: BaseException) -> bool:
-        kinds = (requests.Timeout, socket.timeout)
-        return any(isinstance(e, kinds) and _no_errno(e) for e in _chain(error))
-
-    def _kind_of_timeout(self, error: BaseException, step: str) -> str:
-        now, deadlines = _now(), self._deadlines
-        if step != "request":
-            return deadlines.read(now)[1]
-        phase = self._guard.phase
-        if not phase and isinstance(error, requests.ReadTimeout):
-            # It may be that of a TLS handshake, which ends when connecting has to.
-            is_early = deadlines.connect()[0] <= now < deadlines.headers()[0]
-            phase = "connect" if is_early else "request"
-        return deadlines.headers()[1] if phase == "request" else "connect"
-
-
-class _Exchange(_Failures):
-    """One request and its response.
-
-    :param session: ours, or the caller's.
+    :param session: the caller's; None for ours.
     :param guard: ends it from outside.
     """
 
@@ -5699,44 +5644,57 @@ class _Exchange(_Failures):
         deadlines: _Deadlines,
         guard: _Guard,
     ) -> None:
-        super().__init__(session, request.host, deadlines, guard)
+        self._session = session
         self._request = request
+        self._deadlines = deadlines
+        self._guard = guard
         self._response: requests.Response | None = None
+        self._body: _Body = None  # type: ignore[assignment]  # until open() is through
         self._is_doubted = False  # it leads to a sick backend: a new one may not
-        known = {*request.secrets, *_proxy_secrets(session), *_secrets_sent(session)}
-        self.secrets: tuple[str, ...] = tuple(sorted(known, key=len, reverse=True))
+        self._proxies, self._verify = _proxy_settings()
+        self.secrets = request.secrets
+        if session is not None or self._proxies:
+            proxies = getattr(session, "proxies", None) or {}
+            self._learn_secrets(session, [*self._proxies, *proxies.values()])
         self.headers: Mapping[str, str] = {}
         self.status = 0
+        self.bytes = 0
 
     def open(self) -> None:
-        """Send the request, wait for the headers, and check the status.
+        """Send the request, wait for the headers, and choose how to read the body.
 
         :raises StreamingError: of whatever kind fits.
+        :raises ValueError: it cannot be sent.
         """
-        self._check_verdict()
-        self._guard.on_phase = self._set_limit
-        # Of a session that shows us no connection, nothing else can be said.
-        self._guard.set(*self._deadlines.headers())
+        guard = self._guard
+        if guard.verdict:
+            raise self._failure()
         try:
-            self._response = self._send_past_stale()
+            response = self._response = self._send_past_stale()
         except StreamingError:
             raise
         except _REQUEST_ERRORS as error:
-            secrets = self.secrets
-            if _is_unsendable(error):
-                message = _hidden(str(error), secrets)
-                _stripped(error, secrets)  # it stays as the context
-                raise ValueError(f"cannot send the request: {message}") from None
-            raise self._translated(error, "request") from _stripped(error, secrets)
+            failure = self._failure(error)
+            cause = _stripped(error, self.secrets)  # it stays as the context, too
+            raise failure from (cause if isinstance(failure, StreamingError) else None)
         finally:
-            self._guard.rest()
-        self._check_verdict()
-        self._begin(self._response)
-
-    def _set_limit(self, phase: str) -> None:
-        limits = self._deadlines
-        limit = limits.connect() if phase == "connect" else limits.headers()
-        self._guard.set(*limit)
+            guard.due = _NEVER
+        if guard.verdict:
+            raise self._failure()
+        self.status = response.status_code
+        if guard.socket is None:  # of a caller's session
+            try:
+                guard.attach(response.raw.fileno())
+            except (AttributeError, OSError, ValueError) as error:
+                logger.debug("no socket to watch: %s", error)  # a mock, or a short body
+        if guard.socket is not None:
+            # The timeout for the headers is not the one for the body; the guard has that.
+            buffered = getattr(getattr(response.raw, "_fp", None), "fp", None)
+            sock: Any = getattr(getattr(buffered, "raw", None), "_sock", None)
+            if hasattr(sock, "settimeout"):
+                with contextlib.suppress(OSError):  # a short body may be over already
+                    sock.settimeout(None)
+        self._body = _body_of(response)
 
     def _send_past_stale(self) -> requests.Response:
         """Send it; and again, once, if a kept connection turns out to have been closed.
@@ -5750,58 +5708,57 @@ class _Exchange(_Failures):
             return self._send()
         except _REQUEST_ERRORS as error:
             signs = (ConnectionError, ssl.SSLError)
-            is_closed = any(isinstance(e, signs) for e in _chain(error))
+            causes = list(_chain(error))
+            is_closed = any(isinstance(e, signs) for e in causes)
             if self._guard.verdict or not (self._guard.is_kept and is_closed):
                 raise
-            logger.debug("a kept connection had been closed: %s", _reason(error))
+            logger.debug("a kept connection had been closed: %s", _reason(causes))
         self._deadlines.skip(_now() - began)
         return self._send()
 
     def _send(self) -> requests.Response:
-        request, session = self._request, self._session or _own_session()
-        _sending.guard = self._guard if self._session is None else None
+        request, guard, limits = self._request, self._guard, self._deadlines
+        guard.limits = {"connect": limits.connect(), "request": limits.headers()}
+        # Of a session that shows us no connection, nothing else can be said.
+        guard.set(*guard.limits["request"])
+        now = _now()
+        timeout = tuple(_finite(due - now) for due, _ in guard.limits.values())
+        if self._session is not None:
+            return _send_through(self._session, request, timeout, self._note_head)
+        session = _own_session()
+        _sending.guard = guard
         try:
-            return session.request(
-                request.method,
-                str(request.url),
-                data=request.data,
-                headers={name: str(value) for name, value in request.headers.items()},
-                stream=True,
-                timeout=self._deadlines.for_requests(_now()),
-                allow_redirects=False,
-                hooks={"response": [*_hooks_of(session), self._note_head]},
-                # Any callable keeps .netrc from replacing the key.
-                auth=None if self._session and self._session.auth else _no_auth,
-                **_session_settings(self._session),
-            )
+            if self._proxies or not _is_way_clear(session):
+                return _send_through(session, request, timeout, self._note_head)
+            response = _send_around(session, request, timeout, self._verify)
+            self._note_head(response)
+            return response
         finally:
             _sending.guard = None
 
     def _note_head(self, response: requests.Response, **settings: Any) -> None:
-        pairs = response.headers.items()
         if self._session is not None:  # some servers echo the request
-            known = {*self.secrets, *_secrets_sent(response.request)}
-            self.secrets = tuple(sorted(known, key=len, reverse=True))
+            self._learn_secrets(response.request)
+        secrets = self.secrets
         self.headers = CaseInsensitiveDict(
-            (_hidden(n, self.secrets), _hidden(v, self.secrets)) for n, v in pairs
+            (_hidden(name, secrets), _hidden(value, secrets))
+            for name, value in response.headers.items()
         )
         # requests would read the whole body of a redirect, however long, to prepare
         # the next request; which is not sent.
         response.headers.pop("Location", None)
 
-    def _begin(self, response: requests.Response) -> None:
-        self.status = response.status_code
-        if not self._guard.is_attached:  # a caller's session
-            self._take_socket(response)
-        if self._guard.is_attached:
-            _lift_socket_timeout(response)
-        self._body = _body_of(response)
-
-    def _take_socket(self, response: requests.Response) -> None:
-        try:
-            self._guard.attach(response.raw.fileno())
-        except (AttributeError, OSError, ValueError) as error:
-            logger.debug("no socket to watch: %s", error)  # a mock, or a short body
+    def _learn_secrets(self, sent: Any, proxies: Iterable[Any] = ()) -> None:
+        """Hide those of a session, or of a request as it has sent it, too."""
+        headers = {
+            name: value.decode("latin-1") if isinstance(value, bytes) else value
+            for name, value in (getattr(sent, "headers", None) or {}).items()
+            if isinstance(value, (str, bytes))
+        }
+        known = {*self.secrets, *_secrets_in(str(getattr(sent, "url", "")), headers)}
+        for proxy in map(str, filter(None, proxies)):
+            known.update(_secrets_in(proxy if "//" in proxy else "//" + proxy, {}))
+        self.secrets = tuple(sorted(known, key=len, reverse=True))
 
     def check_status(self) -> None:
         """Raise for everything but 200.
@@ -5815,13 +5772,12 @@ class _Exchange(_Failures):
         body = _hidden(self._read_error_body().decode("utf-8", "replace"), self.secrets)
         error = http_error(self.status, headers, body, time.time())
         if 300 <= self.status < 400:
-            error.args = (
-                (
-                    f"the server answered with HTTP status {self.status}: a redirect, "
-                    "which is not followed, since the key and the prompt would go with "
-                    "it; correct the base URL"
-                ),
+            message = (
+                f"the server answered with HTTP status {self.status}: a redirect, "
+                "which is not followed, since the key and the prompt would go with "
+                "it; correct the base URL"
             )
+            error.args = (message,)
         error.phase = "request"
         self._is_doubted = error.retryable
         raise error
@@ -5847,97 +5803,110 @@ class _Exchange(_Failures):
         :raises StreamTimeoutError: a limit passed.
         :raises StreamConnectionError: the body was cut.
         """
-        body = cast("_Body", self._body)
+        # Each delta that comes alone passes here: few calls, and guard.set() by hand.
+        body, guard = self._body, self._guard
         while True:
-            self._arm(now)
+            due, guard.kind = self._deadlines.read(now)
+            if guard.verdict or now >= due:
+                raise self._failure(kind=guard.kind)
+            guard.due = due
+            if due < guard.scheduled:
+                _watchdog().watch(guard)
             try:
                 data = body.read()
             except _BODY_ERRORS as error:
-                cause = _stripped(error, self.secrets)
-                raise self._translated(error, "stream") from cause
+                raise self._failure(error) from _stripped(error, self.secrets)
             finally:
-                self._guard.due = _NEVER  # rest(), without a call a read
-            if data or body.is_clean:
+                guard.due = _NEVER
+            if data:
+                self.bytes += len(data)
+                return data
+            if body.is_clean:
                 break
             now = _now()  # framing alone is a sign of life: the read limit begins anew
-        # A socket that the watchdog has shut down can look like a clean end.
-        if not data and self._guard.verdict:
-            self._check_verdict()
-        self.bytes += len(data)
+        if guard.verdict:  # a socket that was shut down can look like a clean end
+            raise self._failure()
         return data
-
-    def _arm(self, now: float) -> None:
-        """Let the watchdog end the read that begins now, when its time is over."""
-        due, kind = self._deadlines.read(now)
-        self._check_verdict()
-        if now >= due:
-            raise self._timeout(kind)
-        self._guard.set(due, kind)
 
     def drain(self) -> None:
         """Behind the end marker: read up to the body's end, if it comes soon."""
         limit = _now() + 0.2
         try:
-            while not cast("_Body", self._body).is_clean and _now() < limit:
+            while not self._body.is_clean and _now() < limit:
                 self._guard.set(limit, "end")
-                cast("_Body", self._body).read()
+                self._body.read()
         except _BODY_ERRORS as error:
             logger.debug("the end of the body was cut: %s", type(error).__name__)
         finally:
-            self._guard.rest()
+            self._guard.due = _NEVER
 
     def close(self) -> None:
         """Let the connection serve again if the body was read to its end; or close."""
-        self._guard.release()
-        response, body = self._response, self._body
+        guard, response, body = self._guard, self._response, self._body
+        guard.release()
         self._response = None
         if response is None:
             return
-        is_good = not (self._guard.verdict or self._is_doubted)
-        if body is not None and body.is_clean and is_good:
+        is_good = body is not None and body.is_clean and not guard.verdict
+        if is_good and not self._is_doubted:
             source = getattr(response.raw, "_fp", None)
             if isinstance(source, http.client.HTTPResponse):
                 _let_go(source.close)
             if hasattr(response.raw, "release_conn"):
                 _let_go(response.raw.release_conn)
+                return
         _let_go(response.close)
 
+    def _failure(
+        self, error: BaseException | None = None, kind: str = ""
+    ) -> StreamingError | ValueError:
+        """What it means for the caller: the one place where errors become ours.
 
-#: The packages that a request goes through.
-_BELOW = frozenset(
-    ["requests", "urllib3", "http", "ssl", "socket", "socks", "gevent", "eventlet"]
-)
-
-
-def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    return request
-
-
-def _hooks_of(session: requests.Session) -> list[Any]:
-    """The session's own hooks, which those of a request would replace."""
-    hooks: Any = session.hooks.get("response") or []
-    return [hooks] if callable(hooks) else list(hooks)
-
-
-def _session_settings(session: requests.Session | None) -> dict[str, Any]:
-    """What a caller's session was told, and requests would let the environment win."""
-    if session is None:
-        return {}
-    settings: dict[str, Any] = {}
-    if session.verify is not True:
-        settings["verify"] = session.verify
-    if session.proxies:
-        settings["proxies"] = dict(session.proxies)
-    return settings
-
-
-def _lift_socket_timeout(response: requests.Response) -> None:
-    """The timeout for the headers is not the one for the body; the guard has that."""
-    buffered = getattr(getattr(response.raw, "_fp", None), "fp", None)
-    sock = getattr(getattr(buffered, "raw", None), "_sock", None)
-    if sock is not None and hasattr(sock, "settimeout"):
-        with contextlib.suppress(OSError):  # a short body may be over already
-            sock.settimeout(None)
+        :param error: what a library raised; the guard's verdict explains it best.
+        :param kind: the limit that has passed, where there is no error.
+        """
+        guard, limits, now = self._guard, self._deadlines, _now()
+        causes = list(_chain(error)) if error else []
+        # Behind the headers, the loop knows more.
+        phase = "" if self._body is not None else guard.phase or "request"
+        if guard.verdict == "closed":
+            return StreamAbortedError(_CLOSED, phase=phase)
+        is_sending = error is not None and self._body is None
+        if is_sending and not guard.verdict and isinstance(error, ValueError):
+            # The URL or a header is at fault, which no server has seen.  (TLS's errors
+            # are ValueErrors too; and this InvalidHeader is the server's header.)
+            others = (ssl.SSLError, InvalidHeader)
+            if not any(isinstance(e, others) for e in causes):
+                message = _hidden(str(error), self.secrets)
+                return ValueError(f"cannot send the request: {message}")
+        kind = guard.verdict or kind
+        if not kind and any(map(_is_late, causes)):
+            kind = limits.read(now)[1]
+            if is_sending:
+                is_connecting = guard.phase != "request"
+                if not guard.phase and isinstance(error, requests.ReadTimeout):
+                    # It may be that of a TLS handshake, which ends when connecting has to.
+                    is_connecting = limits.connect()[0] <= now < limits.headers()[0]
+                kind = "connect" if is_connecting else limits.headers()[1]
+        if kind:
+            kind = "total" if limits.left(now) <= 0 else kind
+            is_silence = kind == "idle" and self.bytes == limits.heard
+            advice = _TIMEOUT_ADVICE.get("silence" if is_silence else kind, "")
+            return StreamTimeoutError(
+                f"the {kind} timeout of {limits.seconds(kind):g} s passed: {advice}",
+                kind=kind,
+                phase="connect" if kind == "connect" else phase,
+                retryable=kind != "total",
+            )
+        signs = (NewConnectionError, ProxyError, ssl.SSLError)
+        if phase and not guard.phase and any(isinstance(e, signs) for e in causes):
+            phase = "connect"
+        certificate = ssl.SSLCertVerificationError
+        return StreamConnectionError(
+            _DROPS[phase].format(self._request.host, _reason(causes)),
+            phase=phase,
+            retryable=not any(isinstance(e, certificate) for e in causes),
+        )
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -5952,6 +5921,46 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         yield error
         inner = [*error.args, getattr(error, "reason", None)]
         waiting += [error.__cause__, error.__context__, *inner]
+
+
+def _is_late(error: BaseException) -> bool:
+    """Whether a timeout of ours passed; ETIMEDOUT of TCP's keep-alive is a drop."""
+    is_timeout = isinstance(error, (requests.Timeout, _TIMED_OUT))
+    return is_timeout and getattr(error, "errno", None) is None
+
+
+def _reason(causes: Sequence[BaseException]) -> str:
+    """The innermost error's name; texts of libraries may quote URLs and hosts."""
+    if isinstance(causes[0], _CutBody):
+        return str(causes[0])
+    for inner in causes:
+        if isinstance(inner, OSError) and inner.errno:
+            return f"{type(inner).__name__}: {inner.strerror}"
+    return type(causes[-1]).__name__
+
+
+def _stripped(error: BaseException, secrets: Sequence[str]) -> BaseException:
+    """The error as a cause: without request, response and frames, which hold the key."""
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, str):
+            return "" if "?" in value else _hidden(value, secrets)  # a query has keys
+        if isinstance(value, bytes):
+            return b""
+        return value if isinstance(value, (int, float, BaseException)) else None
+
+    for inner in list(_chain(error)):
+        inner.__traceback__ = None
+        inner.args = tuple(map(bare, inner.args))
+        facts = vars(inner)
+        facts.update({name: bare(value) for name, value in facts.items()})
+    return error
+
+
+#: The packages that a request goes through.
+_BELOW = frozenset(
+    ["requests", "urllib3", "http", "ssl", "socket", "socks", "gevent", "eventlet"]
+)
 
 
 def _clear_frames(error: BaseException) -> None:
@@ -5969,52 +5978,6 @@ def _clear_frames(error: BaseException) -> None:
                 with contextlib.suppress(RuntimeError):  # it still runs
                     frame.clear()
             trace = trace.tb_next
-
-
-def _no_errno(error: BaseException) -> bool:
-    """ETIMEDOUT of TCP keep-alive is a drop; a timeout of ours has no number."""
-    return getattr(error, "errno", None) is None
-
-
-def _is_unsendable(error: BaseException) -> bool:
-    """Whether the URL or a header is at fault, which no server has seen."""
-    others = (ssl.SSLError, InvalidHeader)  # the latter is the server's header
-    is_value = isinstance(error, ValueError)
-    return is_value and not any(isinstance(e, others) for e in _chain(error))
-
-
-def _is_certificate_error(error: BaseException) -> bool:
-    return any(isinstance(e, ssl.SSLCertVerificationError) for e in _chain(error))
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost error's name; texts of libraries may quote URLs and hosts."""
-    *_, last = _chain(error)
-    if isinstance(error, _CutBody):
-        return str(error)
-    known = [e for e in _chain(error) if isinstance(e, OSError) and e.errno]
-    if known:
-        return f"{type(known[0]).__name__}: {known[0].strerror}"
-    return type(last).__name__
-
-
-def _stripped(error: BaseException, secrets: Sequence[str]) -> BaseException:
-    """The error as a cause: without request, response and frames, which hold the key."""
-    for inner in list(_chain(error)):
-        inner.__traceback__ = None
-        inner.args = tuple(_without_secrets(arg, secrets) for arg in inner.args)
-        held = vars(inner)
-        held.update({name: _without_secrets(held[name], secrets) for name in held})
-    return error
-
-
-def _without_secrets(value: Any, secrets: Sequence[str]) -> Any:
-    """A value that a library put on its error, if it can show no secret."""
-    if isinstance(value, str):
-        return "" if "?" in value else _hidden(value, secrets)  # a query has keys
-    if isinstance(value, bytes):
-        return b""
-    return value if isinstance(value, (int, float, BaseException)) else None
 
 
 # ---------------------------------------------------------------------------

@@ -5778,7 +5778,7 @@ def test_a_guard_at_rest_is_not_fired(pair):
     guard = rs._Guard()
     guard.attach(ours.fileno())
     guard.set(rs._now() + 0.02, "read")
-    guard.rest()
+    guard.due = rs._NEVER
     other = rs._Guard()
     other.set(rs._now() + 0.1, "other")
     assert net_eventually(lambda: other.verdict)
@@ -6692,14 +6692,14 @@ def test_a_callers_session_keeps_its_connections_and_their_options(net_clock):
         stream = net_chat(server, session=session)
         next(stream)
         assert server.connections == 1
-        sock = stream._chat._guard._socket
+        sock = stream._chat._guard.socket
         assert not sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         stream.close()
 
 
 def net_socket_options(stream):
     next(stream)
-    sock = stream._chat._guard._socket
+    sock = stream._chat._guard.socket
     idle = "TCP_KEEPALIVE" if sys.platform == "darwin" else "TCP_KEEPIDLE"
     names = [idle, "TCP_KEEPINTVL", "TCP_KEEPCNT"]
     numbers = [getattr(socket, name) for name in names if hasattr(socket, name)]
