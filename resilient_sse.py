@@ -4789,11 +4789,6 @@ class _Guard:
             if self.verdict or self.is_over:  # fired while there was none
                 self._shut_down()
 
-    def enter(self, phase: str) -> None:
-        """The request's connection has come so far."""
-        self.phase = phase
-        self.set(*self.limits[phase])
-
     def set(self, due: float, kind: str) -> None:
         """End the request at that time, unless it is set again."""
         self.kind = kind  # before the time, with which the watchdog reads it
@@ -4924,19 +4919,15 @@ _sending = _Sending()
 
 #: No delay, and keep-alive after 60 s, every 60 s, 5 times: balancers and NATs forget
 #: what is silent for some minutes, and a model may think for longer.
-_SOCKET_OPTIONS = [
-    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    *(
-        (socket.IPPROTO_TCP, getattr(socket, name), value)
-        for name, value in (
-            ("TCP_KEEPALIVE" if sys.platform == "darwin" else "TCP_KEEPIDLE", 60),
-            ("TCP_KEEPINTVL", 60),
-            ("TCP_KEEPCNT", 5),
-        )
-        if hasattr(socket, name)
-    ),
-]
+_SOCKET_OPTIONS = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+for _name, _value in (
+    ("TCP_NODELAY", 1),
+    ("TCP_KEEPALIVE" if sys.platform == "darwin" else "TCP_KEEPIDLE", 60),
+    ("TCP_KEEPINTVL", 60),
+    ("TCP_KEEPCNT", 5),
+):
+    if hasattr(socket, _name):
+        _SOCKET_OPTIONS.append((socket.IPPROTO_TCP, getattr(socket, _name), _value))
 
 
 class _WatchedResponse(http.client.HTTPResponse):
@@ -4979,7 +4970,8 @@ class _WatchedConnection:
 
     def _announce_ready(self, sock: Any, guard: _Guard) -> None:
         """The request can be sent: what is left for the headers is left for that too."""
-        guard.enter("request")
+        guard.phase = "request"
+        guard.set(*guard.limits["request"])
         sock.settimeout(_finite(guard.due - _now()))
 
     def _new_conn(self) -> Any:
@@ -4988,20 +4980,27 @@ class _WatchedConnection:
         if guard is None:  # a tracer may send in a thread of its own
             return super()._new_conn()  # type: ignore[misc]
         self.kept_since, guard.is_kept = _NEVER, False
-        guard.enter("connect")
-        end = guard.due
+        guard.phase = "connect"
+        guard.set(*guard.limits["connect"])
+        end, socks = guard.due, getattr(self, "_socks_options", None)
+        host, port = getattr(self, "_dns_host", self.host), self.port
+        if socks:
+            host, port = socks["proxy_host"], socks["proxy_port"] or 1080
+        family = urllib3.util.connection.allowed_gai_family()  # callers replace that
         try:
-            addresses = self._addresses()
-            for left in range(len(addresses), 0, -1):
+            places = socket.getaddrinfo(
+                host.strip("[]"), port, family, socket.SOCK_STREAM
+            )
+            for left in range(len(places), 0, -1):
                 until = _now() + max((end - _now()) / left, 0.001)
                 try:
-                    sock = self._connected(addresses[-left], until, guard)
+                    sock = self._connected(places[-left], until, guard, socks)
                     break
                 except OSError:
                     if left == 1 or guard.verdict:
                         raise
             else:
-                raise OSError(f"no address is known for {self.host}")
+                raise OSError(f"no address is known for {host}")
         except OSError as error:
             cause = getattr(error, "socket_err", None) or error  # that of PySocks
             kind: Any = ConnectTimeoutError if _is_late(cause) else NewConnectionError
@@ -5012,66 +5011,37 @@ class _WatchedConnection:
             self._announce_ready(sock, guard)
         return sock
 
-    def _addresses(self) -> list[Any]:
-        return _addresses_of(getattr(self, "_dns_host", self.host), self.port)
-
-    def _socket(self, *kind: Any) -> Any:
-        return socket.socket(*kind)
-
-    def _connected(self, place: tuple[Any, ...], until: float, guard: _Guard) -> Any:
-        """A socket that is connected to one address."""
-        family, kind, protocol, _, address = place
-        sock = self._socket(family, kind, protocol)
+    def _connected(self, place: Any, until: float, guard: _Guard, socks: Any) -> Any:
+        """A socket connected to one address; close() and the watchdog can end that."""
+        *kind, _, address = place
+        sock: Any = (sys.modules["socks"].socksocket if socks else socket.socket)(*kind)
         try:
             for option in [*(self.socket_options or ()), *_SOCKET_OPTIONS]:
                 with contextlib.suppress(OSError):  # some systems lack some of them
                     sock.setsockopt(*option)
             if self.source_address:
                 sock.bind(self.source_address)
-            self._connect(sock, address, until, guard)
+            if socks:  # PySocks connects and negotiates in one call
+                login = [socks[name] for name in ("rdns", "username", "password")]
+                sock.set_proxy(socks["socks_version"], *address[:2], *login)
+                sock.settimeout(_finite(until - _now()))
+                guard.attach(sock.fileno())
+                sock.connect((self.host, self.port))
+                return sock
+            sock.setblocking(False)
+            code = sock.connect_ex(address)
+            guard.attach(sock.fileno())  # only now: before, a shutdown has no effect
+            if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
+                while not wait_for_write(sock, min(_GLANCE, max(until - _now(), 0))):
+                    if _now() >= until or guard.verdict:
+                        raise _TIMED_OUT("timed out")
+                code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                raise OSError(code, os.strerror(code))
         except BaseException:
             sock.close()
             raise
         return sock
-
-    def _connect(self, sock: Any, address: Any, until: float, guard: _Guard) -> None:
-        """Wait for the connection, so that close() and the watchdog can end that."""
-        sock.setblocking(False)
-        code = sock.connect_ex(address)
-        guard.attach(sock.fileno())  # only now: before, a shutdown has no effect
-        if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
-            while not wait_for_write(sock, min(_GLANCE, max(until - _now(), 0))):
-                if _now() >= until or guard.verdict:
-                    raise _TIMED_OUT("timed out")
-            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            raise OSError(code, os.strerror(code))
-
-
-class _WatchedSocks(_WatchedConnection):
-    """The same by way of a SOCKS proxy."""
-
-    _socks_options: Any
-
-    def _addresses(self) -> list[Any]:
-        options = self._socks_options
-        return _addresses_of(options["proxy_host"], options["proxy_port"] or 1080)
-
-    def _socket(self, *kind: Any) -> Any:
-        return sys.modules["socks"].socksocket(*kind)
-
-    def _connect(self, sock: Any, address: Any, until: float, guard: _Guard) -> None:
-        options = self._socks_options
-        login = [options[name] for name in ("rdns", "username", "password")]
-        sock.set_proxy(options["socks_version"], *address[:2], *login)
-        sock.settimeout(_finite(until - _now()))
-        guard.attach(sock.fileno())  # PySocks connects and negotiates in one call
-        sock.connect((self.host, self.port))
-
-
-def _addresses_of(host: str, port: int) -> list[Any]:
-    family = urllib3.util.connection.allowed_gai_family()  # callers replace that
-    return socket.getaddrinfo(host.strip("[]"), port, family, socket.SOCK_STREAM)
 
 
 class _WatchedPool:
@@ -5094,11 +5064,12 @@ class _WatchedPool:
         super()._put_conn(connection)  # type: ignore[misc]
 
 
-def _watched(pool: Any, base: type = _WatchedConnection) -> Any:
+@functools.lru_cache(maxsize=8)
+def _watched(pool: Any) -> Any:
     """A pool like that one, with connections that the guard knows."""
     plain = pool.ConnectionCls
     facts = {"shakes_hands": issubclass(pool, HTTPSConnectionPool)}
-    watched = type("_Watched" + plain.__name__, (base, plain), facts)
+    watched = type("_Watched" + plain.__name__, (_WatchedConnection, plain), facts)
 
     def connection_class(self: Any) -> Any:
         known = pool.ConnectionCls  # a recorder may have replaced it
@@ -5108,6 +5079,7 @@ def _watched(pool: Any, base: type = _WatchedConnection) -> Any:
     return type(name, bases, {"ConnectionCls": property(connection_class)})
 
 
+# Made now, while no recorder has put its own class into the place of a connection's.
 _POOLS = {"http": _watched(HTTPConnectionPool), "https": _watched(HTTPSConnectionPool)}
 
 
@@ -5122,15 +5094,8 @@ class _WatchedAdapter(HTTPAdapter):
         manager: Any = super().proxy_manager_for(proxy, **kwargs)
         pools = manager.pool_classes_by_scheme
         if not issubclass(pools["http"], _WatchedPool):  # else it is an old manager
-            by_socks = str(proxy).lower().startswith("socks")
-            manager.pool_classes_by_scheme = (
-                {
-                    scheme: _watched(pool, _WatchedSocks)
-                    for scheme, pool in pools.items()
-                }
-                if by_socks
-                else _POOLS
-            )
+            pools = {scheme: _watched(pool) for scheme, pool in pools.items()}
+            manager.pool_classes_by_scheme = pools
         return manager
 
 
@@ -5171,41 +5136,29 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_parent)
 
 
-def _way_of(session: type) -> list[Any]:
-    """What stands between a call and the adapter: mocks, caches and tracers replace it."""
-    own = "__init__ request prepare_request merge_environment_settings get_adapter send"
-    others = [
-        requests.PreparedRequest.prepare,
-        HTTPAdapter.send,
-        requests.sessions.get_environ_proxies,
-        _utils.getproxies,
-    ]
-    return [*(getattr(session, name) for name in own.split()), *others]
+#: What a call passes on its way to the adapter, and mocks and tracers replace.
+_STEPS = """
+    Session.__init__ Session.request Session.prepare_request Session.get_adapter
+    Session.merge_environment_settings Session.send PreparedRequest.prepare
+    adapters.HTTPAdapter.send sessions.get_environ_proxies utils.getproxies
+"""
+_way = operator.attrgetter(*_STEPS.split())
 
 
 def _is_original(step: Any) -> bool:
-    """Whether it is what requests, or Python, has defined.
+    """Whether nobody had wrapped it when we were imported.
 
-    A wrapper shows the name and the module of what it wraps, but has its own globals;
-    or it is an object that shows those too, but has another type.
+    A function around it bears its name and module, but has other globals; an object
+    around it shows those too, but is no function.
     """
     home = getattr(step, "__globals__", {}).get("__name__", "").partition(".")[0]
-    return type(step) is type(_way_of) and home in ("requests", "urllib")
+    return type(step) is type(_is_original) and home in ("requests", "urllib")
 
 
-_WAY = _way_of(requests.Session)
-# On Windows and macOS, proxies are also a matter of the system's settings.
-_asks_environment = _utils.getproxies is _utils.getproxies_environment
-_may_go_around = _asks_environment and all(map(_is_original, _WAY))
-
-
-def _no_auth(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    return request  # any callable keeps .netrc from replacing the key
-
-
-def _is_way_clear(session: requests.Session) -> bool:
-    """Whether nothing is lost by going around Session.request()."""
-    return _may_go_around and _way_of(type(session)) == _WAY
+# On Windows and macOS, getproxies() asks the system's settings too.
+_reads_environment = _utils.getproxies is _utils.getproxies_environment
+_WAY = _way(requests)
+_WAY = _WAY if _reads_environment and all(map(_is_original, _WAY)) else ()
 
 
 def _proxy_settings() -> tuple[list[str], Any]:
@@ -5234,9 +5187,7 @@ def _prepared_url(url: str) -> str:
     return str(sent.url)
 
 
-def _send_around(
-    session: requests.Session, request: _Request, timeout: Any, verify: Any
-) -> requests.Response:
+def _send_around(session: Any, request: _Request, timeout: Any, verify: Any) -> Any:
     """What Session.request() comes to for ours, where the environment names no proxy."""
     pairs = [*session.headers.items(), *request.headers.items()]
     headers = {name.lower(): (name, str(value)) for name, value in pairs}
@@ -5249,17 +5200,10 @@ def _send_around(
     return adapter.send(sent, stream=True, timeout=timeout, verify=verify)
 
 
-def _send_through(
-    session: requests.Session,
-    request: _Request,
-    timeout: Any,
-    hook: Callable[..., None],
-) -> requests.Response:
-    """By a session whose ways are not known."""
-    # The hooks of a request would replace those of the session.
+def _send_through(session: Any, request: _Request, timeout: Any, hook: Any) -> Any:
+    """The common way; what the session was told wins over the environment."""
     hooks: Any = session.hooks.get("response") or []
     settings: dict[str, Any] = {}
-    # What the session was told, and requests would let the environment win.
     if session.verify is not True:
         settings["verify"] = session.verify
     if session.proxies:
@@ -5272,8 +5216,10 @@ def _send_through(
         stream=True,
         timeout=timeout,
         allow_redirects=False,
+        # Those of a request take the place of the session's.
         hooks={"response": [*([hooks] if callable(hooks) else hooks), hook]},
-        auth=None if session.auth else _no_auth,
+        # Any callable keeps .netrc from replacing the key.
+        auth=None if session.auth else lambda sent: sent,
         **settings,
     )
 
@@ -5532,9 +5478,8 @@ class _Deadlines:
 
     def __init__(self, timeouts: Timeouts, started: float) -> None:
         self._timeouts = timeouts
-        self._silence = _or_never(timeouts.read)
-        self._idle = _or_never(timeouts.idle)
-        self._end = started + _or_never(timeouts.total)
+        self._silence, self._idle = self.seconds("read"), self.seconds("idle")
+        self._end = started + self.seconds("total")
         self.send(started)
 
     def send(self, now: float) -> None:
@@ -5559,28 +5504,25 @@ class _Deadlines:
         self._moved = now
         self._has_finished = True
 
-    def connect(self) -> tuple[float, str]:
-        """The end of connecting, and its name."""
-        limit = self._sent + _or_never(self._timeouts.connect)
-        return min((limit, "connect"), (self._end, "total"))
-
-    def headers(self) -> tuple[float, str]:
-        """The end of waiting for the headers."""
-        first = self._timeouts.first_token
-        if self.has_begun:  # such a feed: no event is due, but some byte is
-            limit = (self._sent + self._silence, "read")
-        elif first is None:
-            limit = (self._sent + self._idle, "idle")
-        else:
-            limit = (self._sent + first, "first_token")
-        return min(limit, (self._end, "total"))
+    def limits(self) -> dict[str, tuple[float, str]]:
+        """When connecting, and all up to the headers, ends, and by which limit."""
+        kind = "first_token"
+        if self.has_begun:  # a feed without first_token: no event is due, but some byte
+            kind = "read"
+        elif self._timeouts.first_token is None:
+            kind = "idle"
+        total = (self._end, "total")
+        return {
+            "connect": min((self._sent + self.seconds("connect"), "connect"), total),
+            "request": min((self._sent + self.seconds(kind), kind), total),
+        }
 
     def read(self, now: float) -> tuple[float, str]:
         """The end of the read that begins now."""
         if self._has_finished:
             due, kind = self._moved + min(self._silence, _END_WAIT), "end"
         elif not self.has_begun:
-            return self.headers()
+            return self.limits()["request"]
         else:
             due, kind = now + self._silence, "read"
             if self._moved + self._idle < due:
@@ -5589,15 +5531,12 @@ class _Deadlines:
 
     def seconds(self, kind: str) -> float:
         """How long the limit of that name is."""
-        return _or_never(getattr(self._timeouts, kind, _END_WAIT))
+        seconds: float | None = getattr(self._timeouts, kind, _END_WAIT)
+        return _NEVER if seconds is None else seconds
 
     def left(self, now: float) -> float:
         """Seconds that are left of the whole call."""
         return self._end - now
-
-
-def _or_never(seconds: float | None) -> float:
-    return _NEVER if seconds is None else seconds
 
 
 def _finite(seconds: float) -> float | None:
@@ -5696,7 +5635,7 @@ class _Exchange:
                     sock.settimeout(None)
         self._body = _body_of(response)
 
-    def _send_past_stale(self) -> requests.Response:
+    def _send_past_stale(self) -> Any:
         """Send it; and again, once, if a kept connection turns out to have been closed.
 
         No byte of a response came, and the end came at once: the server had closed it
@@ -5716,9 +5655,9 @@ class _Exchange:
         self._deadlines.skip(_now() - began)
         return self._send()
 
-    def _send(self) -> requests.Response:
-        request, guard, limits = self._request, self._guard, self._deadlines
-        guard.limits = {"connect": limits.connect(), "request": limits.headers()}
+    def _send(self) -> Any:
+        request, guard = self._request, self._guard
+        guard.limits = self._deadlines.limits()
         # Of a session that shows us no connection, nothing else can be said.
         guard.set(*guard.limits["request"])
         now = _now()
@@ -5728,7 +5667,7 @@ class _Exchange:
         session = _own_session()
         _sending.guard = guard
         try:
-            if self._proxies or not _is_way_clear(session):
+            if self._proxies or _way(requests) != _WAY:
                 return _send_through(session, request, timeout, self._note_head)
             response = _send_around(session, request, timeout, self._verify)
             self._note_head(response)
@@ -5768,23 +5707,8 @@ class _Exchange:
         if self.status == 200:
             return
         headers = {name.lower(): value for name, value in self.headers.items()}
-        # Hidden before it is parsed: a message, code or type has no secret then.
-        body = _hidden(self._read_error_body().decode("utf-8", "replace"), self.secrets)
-        error = http_error(self.status, headers, body, time.time())
-        if 300 <= self.status < 400:
-            message = (
-                f"the server answered with HTTP status {self.status}: a redirect, "
-                "which is not followed, since the key and the prompt would go with "
-                "it; correct the base URL"
-            )
-            error.args = (message,)
-        error.phase = "request"
-        self._is_doubted = error.retryable
-        raise error
-
-    def _read_error_body(self) -> bytes:
-        body = bytearray()
         self._deadlines.expect_end(_now())
+        body = bytearray()
         try:
             while len(body) < _BODY_KEPT:
                 piece = self.read(_now())
@@ -5795,7 +5719,19 @@ class _Exchange:
             if isinstance(error, StreamTimeoutError) and error.kind == "total":
                 raise
             logger.debug("the error body broke off: %s", error)
-        return bytes(body[:_BODY_KEPT])
+        # Hidden before it is parsed: a message, code or type has no secret then.
+        text = _hidden(body[:_BODY_KEPT].decode("utf-8", "replace"), self.secrets)
+        failure = http_error(self.status, headers, text, time.time())
+        if 300 <= self.status < 400:
+            message = (
+                f"the server answered with HTTP status {self.status}: a redirect, "
+                "which is not followed, since the key and the prompt would go with "
+                "it; correct the base URL"
+            )
+            failure.args = (message,)
+        failure.phase = "request"
+        self._is_doubted = failure.retryable
+        raise failure
 
     def read(self, now: float) -> bytes:
         """Return the next bytes of the body; b"" at its clean end.
@@ -5883,11 +5819,12 @@ class _Exchange:
         if not kind and any(map(_is_late, causes)):
             kind = limits.read(now)[1]
             if is_sending:
+                (connect, _), (headers, kind) = guard.limits.values()
                 is_connecting = guard.phase != "request"
                 if not guard.phase and isinstance(error, requests.ReadTimeout):
                     # It may be that of a TLS handshake, which ends when connecting has to.
-                    is_connecting = limits.connect()[0] <= now < limits.headers()[0]
-                kind = "connect" if is_connecting else limits.headers()[1]
+                    is_connecting = connect <= now < headers
+                kind = "connect" if is_connecting else kind
         if kind:
             kind = "total" if limits.left(now) <= 0 else kind
             is_silence = kind == "idle" and self.bytes == limits.heard

@@ -27,6 +27,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import pickle
 import platform
@@ -6537,6 +6538,102 @@ def test_an_unknown_certificate_authority_is_refused_at_once(net_tls):
         assert (server.connections, server.requests) == (1, [])
     assert not caught.value.retryable
     assert caught.value.phase == "connect"
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "Http_Proxy", "ALL_PROXY"])
+def test_a_proxy_counts_from_when_its_variable_is_set_to_when_it_goes(
+    name, monkeypatch
+):
+    with FlakyServer("Hello") as server, ConnectProxy() as proxy:
+        for url, seen in (("", 0), (proxy.url, 1), ("", 1)):
+            monkeypatch.setenv(name, url)
+            assert "".join(net_chat(server)) == "Hello"
+            assert len(proxy.requests) == seen
+        assert len(server.requests) == 3
+
+
+def test_an_authority_counts_from_when_its_variable_is_set(net_tls, monkeypatch):
+    context, authority = net_tls
+    with FlakyServer("Hello", tls=context) as server:
+        for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+            with pytest.raises(rs.StreamConnectionError):
+                "".join(net_chat(server))
+            monkeypatch.setenv(name, authority)
+            assert "".join(net_chat(server)) == "Hello"
+            monkeypatch.setenv(name, os.devnull)
+            with pytest.raises(rs.StreamConnectionError):
+                "".join(net_chat(server))
+            monkeypatch.delenv(name)
+        assert len(server.requests) == 2
+
+
+# What a call of requests passes before it reaches a connection.
+NET_WAY = """
+    Session.request Session.prepare_request Session.merge_environment_settings
+    Session.send Session.get_adapter PreparedRequest.prepare adapters.HTTPAdapter.send
+    sessions.get_environ_proxies utils.getproxies
+"""
+
+
+@pytest.mark.parametrize("step", NET_WAY.split())
+def test_what_is_put_in_the_way_of_a_request_sees_ours_as_any_other(step, monkeypatch):
+    owner, _, name = step.rpartition(".")
+    owner = operator.attrgetter(owner)(requests)
+    real, calls = getattr(owner, name), []
+
+    @functools.wraps(real)
+    def wrapped(*args, **kwargs):
+        calls.append(name)
+        return real(*args, **kwargs)
+
+    with FlakyServer() as server:
+        assert "".join(net_chat(server)) == STORY
+        monkeypatch.setattr(owner, name, wrapped)
+        assert "".join(net_chat(server)) == STORY
+        monkeypatch.undo()
+        assert "".join(net_chat(server)) == STORY
+        sent = [list(request.headers.items()) for request in server.requests]
+    assert calls == [name] * len(calls) != []
+    assert sent == [sent[0]] * 3  # to the order of the headers
+
+
+NET_TRACED = """
+    import functools, requests, sys
+
+    class Wrapper:
+        def __init__(self, wrapped):
+            self.wrapped = wrapped
+
+        def __get__(self, instance, owner):
+            return functools.partial(self, instance) if instance else self
+
+        def __call__(self, *args, **kwargs):
+            print("seen")
+            return self.wrapped(*args, **kwargs)
+
+        def __getattr__(self, name):
+            return getattr(self.wrapped, name)
+
+        @property
+        def __class__(self):
+            return type(self.wrapped)
+
+    def function(wrapped):
+        return functools.wraps(wrapped)(lambda *args, **kwargs: Wrapper(wrapped)(*args, **kwargs))
+
+    kind, name, url = sys.argv[1:]
+    wrapper = Wrapper if kind == "object" else function
+    setattr(requests.Session, name, wrapper(getattr(requests.Session, name)))
+    import resilient_sse as rs
+    print("".join(rs.stream_chat("Hi", "m", base_url=url + "/v1", api_key="k")))
+"""
+
+
+@pytest.mark.parametrize("kind", ["object", "function"])
+@pytest.mark.parametrize("name", ["send", "prepare_request"])
+def test_a_tracer_that_was_there_before_us_sees_our_requests(kind, name):
+    with FlakyServer("Hello") as server:
+        assert net_run(NET_TRACED, kind, name, server.url) == ["seen", "Hello"]
 
 
 def test_a_session_brings_its_headers_authority_auth_params_and_hooks(
