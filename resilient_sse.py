@@ -7869,17 +7869,32 @@ if TYPE_CHECKING:
 # 13. Health monitor: records of many streams -> one report
 # ---------------------------------------------------------------------------
 # Promises exact counts, quantiles within 5 %, and a memory that grows with the
-# streams that are active now and with nothing else. A delta costs a few integer
-# operations on an object of its own stream; the lock is taken when a stream
-# starts, retries or ends, and once per 64 deltas or second.
+# streams that are active now and with nothing else.  One lock guards all figures: a
+# delta holds it for about a microsecond, a report for less than one millisecond.
 # Refuses to keep what was said: no prompt, key, body or text comes in here.
 
 _MONITOR_ROWS = 50  # of active streams and of ended ones, in the table
 _MONITOR_KINDS = 50  # distinct errors counted apart; the rest count as "other"
 _COMMON_ERRORS = 10
-_FLUSH_DELTAS = 64
-_FLUSH_SECONDS = 1.0
+_SLOT_SECONDS = 5.0  # of the series, which covers five minutes
+_SLOTS = 60
+_COUNTS = {  # each with its help for Prometheus
+    "started": "Streams begun.",
+    "completed": "",
+    "failed": "",
+    "closed": "",
+    "retries": "Retries and resumes scheduled.",
+    "tokens": "Deltas received.",
+    "bytes": "Bytes of bodies received.",
+}
+_MEANS = {  # each with its name and its help for Prometheus
+    "first_token_seconds": ("first_token_seconds", "Time from start to first delta."),
+    "seconds": ("stream_seconds", "Duration of ended streams."),
+    "gap_seconds": ("delta_gap_seconds", "Time between two deltas."),
+}
 _PERCENTILES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
+#: Upper ends of Prometheus' buckets, as places of _LogHistogram.
+_EDGES = range(-3 * 24, 3 * 24 + 1, 8)  # a millisecond to 1000 s, three a decade
 
 
 class _LogHistogram:
@@ -7891,34 +7906,33 @@ class _LogHistogram:
     """
 
     PER_DECADE = 24
-    LOWEST = -6 * PER_DECADE
+    LOWEST, HIGHEST = -6 * PER_DECADE, 9 * PER_DECADE
 
     def __init__(self) -> None:
         self.count = 0
         self.total = 0.0
-        self.least = 0.0
+        self.least = math.inf
         self.greatest = 0.0
         self.buckets: dict[int, int] = {}
 
-    def add(self, *values: float) -> None:
-        for value in values:
-            place = self.LOWEST
-            if value > 1e-6:
-                place = math.ceil(math.log10(min(value, 1e9)) * self.PER_DECADE)
-            self.buckets[place] = self.buckets.get(place, 0) + 1
-        if values:
-            self.least = min(values if not self.count else (self.least, *values))
-            self.greatest = max(self.greatest, *values)
-            self.count += len(values)
-            self.total += sum(values)
-
-    def copy(self) -> _LogHistogram:
-        twin = _LogHistogram()
-        twin.__dict__.update(self.__dict__, buckets=self.buckets.copy())
-        return twin
+    def add(self, value: float) -> None:
+        if 1e-6 < value < 1e9:
+            # Rounded up: a bucket holds its upper end, as Prometheus' "le" does.
+            place = math.ceil(math.log10(value) * self.PER_DECADE)
+        else:
+            place = self.LOWEST if value < 1 else self.HIGHEST
+        try:
+            self.buckets[place] += 1
+        except KeyError:
+            self.buckets[place] = 1
+        self.count += 1
+        self.total += value
+        if not self.least <= value <= self.greatest:  # rarely
+            self.least = min(self.least, value)
+            self.greatest = max(self.greatest, value)
 
     def mean(self) -> float | None:
-        return _rounded(self.total / self.count) if self.count else None
+        return _ratio(self.total, self.count)
 
     def up_to(self, place: int) -> int:
         """How many values were at most ``10 ** (place / 24)``."""
@@ -7941,101 +7955,74 @@ class _LogHistogram:
         return {name: self.quantile(share) for name, share in _PERCENTILES}
 
 
-def _rounded(value: float) -> float:
-    return round(value, 6)
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
 
 
 def _ratio(part: float, whole: float) -> float | None:
-    return _rounded(part / whole) if whole else None
+    return round(part / whole, 6) if whole else None
 
 
-class _Tally:
-    """What one stream has done so far: written by its own thread, read by all."""
+def _figure(value: float | None, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.4g}{unit}"
 
-    def __init__(self, record: StreamRecord, now: float) -> None:
-        self.stream = record.stream
-        self.model = _clipped(record.data.get("model") or "", 80)
-        self.dialect = _clipped(record.data.get("dialect") or "", 40)
-        self.began = now - record.seconds
-        self.state = "active"
+
+class _StreamFigures:
+    """What one stream has done so far, by its records: for the monitor and the trace.
+
+    :param start: its first record.
+    :param began: when that was, by the clock of whoever asks for it later.
+    """
+
+    def __init__(self, start: StreamRecord, began: float = 0.0) -> None:
+        self.stream = start.stream
+        self.model = start.data.get("model")
+        self.dialect = start.data.get("dialect")
+        self.began = began
         self.seconds = 0.0
-        self.tokens = 0
-        self.bytes = 0
-        self.retries = 0
-        self.error: str | None = None
-        self.first: float | None = None
-        self.last: float | None = None
-        self.flushed_at = 0.0
-        self.flushed = (0, 0)  # tokens and bytes that the monitor has taken over
-        self.gaps: list[float] = []
+        self.state = "active"
+        self.failure: str | None = None
+        self.bytes = self.chunks = self.deltas = self.retries = 0
+        self.first_byte: float | None = None
+        self.first_token: float | None = None
+        self._delta_at = 0.0
+        self._delta_attempt = -1
+
+    def chunk(self, record: StreamRecord) -> None:
+        self.chunks += 1
+        self.bytes += len(record.data)
+        if self.first_byte is None:
+            self.first_byte = record.seconds
+
+    def delta(self, record: StreamRecord) -> float | None:
+        """Count a delta; the wait since the one before, if one request brought both."""
+        _, _, seconds, attempt, _, _ = record  # at once: this is done for every delta
+        self.deltas += 1
+        if self.first_token is None:
+            self.first_token = seconds
+        before, self._delta_at = self._delta_at, seconds
+        if attempt == self._delta_attempt:
+            return seconds - before
+        self._delta_attempt = attempt
+        return None
 
     def row(self, now: float) -> dict[str, Any]:
-        running = self.state == "active"
-        seconds = max(now - self.began, 0.0) if running else self.seconds
+        """Its line in the monitor's table."""
+        seconds = self.seconds
+        if self.state == "active":
+            seconds = max(now - self.began, 0.0)
         return {
             "stream": self.stream,
-            "model": self.model,
-            "dialect": self.dialect,
+            "model": _clipped(self.model or "", 80),
+            "dialect": _clipped(self.dialect or "", 40),
             "state": self.state,
             "seconds": _rounded(seconds),
-            "first_token_seconds": None if self.first is None else _rounded(self.first),
-            "tokens": self.tokens,
+            "first_token_seconds": _rounded(self.first_token),
+            "tokens": self.deltas,
             "bytes": self.bytes,
             "retries": self.retries,
-            "error": self.error,
+            "error": self.failure,
         }
-
-
-class _Series:
-    """The last five minutes in slots of five seconds, for a dashboard's charts."""
-
-    STEP = 5.0
-    SLOTS = 60
-    COUNTS = ("started", "completed", "failed", "closed", "retries", "tokens", "bytes")
-    MEANS = ("first_token_seconds", "seconds", "gap_seconds")
-
-    def __init__(self, now: float) -> None:
-        from collections import deque
-
-        self._began = now
-        self._slots: deque[dict[str, float]] = deque(maxlen=self.SLOTS)
-
-    def add(self, now: float, **amounts: float) -> None:
-        number = now // self.STEP
-        if not self._slots or self._slots[-1]["slot"] < number:
-            self._slots.append({"slot": number})
-        slot = self._slots[-1]
-        for name, amount in amounts.items():
-            slot[name] = slot.get(name, 0) + amount
-
-    def mean(self, now: float, name: str, total: float, count: int = 1) -> None:
-        self.add(now, **{name: total, name + "#": count})
-
-    def active(self, now: float, count: int) -> None:
-        self.add(now)
-        self._slots[-1]["active"] = count
-
-    def rate(self, now: float, name: str) -> float:
-        """A second's worth, over the ten to fifteen seconds before ``now``."""
-        first = max(now // self.STEP - 2, 0.0)
-        amount = sum(slot.get(name, 0) for slot in self._slots if slot["slot"] >= first)
-        seconds = now - max(first * self.STEP, self._began)
-        return _rounded(amount / max(seconds, 1.0))
-
-    def table(self, now: float) -> list[dict[str, Any]]:
-        slots = {int(slot["slot"]): slot for slot in self._slots}
-        last = int(now // self.STEP)
-        rows, active = [], 0
-        for number in range(last - self.SLOTS + 1, last + 1):
-            slot = slots.get(number, {})
-            active = int(slot.get("active", active))
-            row: dict[str, Any] = {"ago": _rounded(now - number * self.STEP)}
-            row["active"] = active
-            row.update((name, int(slot.get(name, 0))) for name in self.COUNTS)
-            for name in self.MEANS:
-                row[name] = _ratio(slot.get(name, 0), slot.get(name + "#", 0))
-            rows.append(row)
-        return rows
 
 
 class StreamMonitor(Observer):
@@ -8056,45 +8043,66 @@ class StreamMonitor(Observer):
     def __init__(
         self, on_change: Callable[[dict[str, Any]], None] | None = None
     ) -> None:
+        from collections import deque
+
         super().__init__()
         self._on_change = on_change
         # Reentrant: a garbage collection inside the lock may close a forgotten
         # stream, whose end is then reported on this very thread.
         self._lock = threading.RLock()
-        self._health = _Health(self._clock())
+        self._live: dict[int, _StreamFigures] = {}
+        self._ended: deque[_StreamFigures] = deque(maxlen=_MONITOR_ROWS)
+        self._counts = dict.fromkeys(_COUNTS, 0)
+        self._means = {name: _LogHistogram() for name in _MEANS}
+        self._sizes = _LogHistogram()  # of ended streams
+        self._errors: dict[str, int] = {}
+        self._retried: dict[str, int] = {}
+        self._kinds: dict[str, int] = {}
+        self._began = self._clock()
+        # The number of each slot in which anything happened, and the totals that it
+        # began with: what happened in it is what they have grown by since.
+        self._slots: deque[tuple[float, dict[str, float]]] = deque(maxlen=_SLOTS)
+        self._slot_end = 0.0
 
     def on_start(self, record: StreamRecord) -> None:
-        now = self._clock()
         with self._lock:
-            self._health.start(_Tally(record, now), now)
+            began = self._turn() - record.seconds
+            self._live[record.stream] = _StreamFigures(record, began)
+            self._counts["started"] += 1
         self._changed()
 
     def on_chunk(self, record: StreamRecord) -> None:
-        tally = self._health.live.get(record.stream)
-        if tally is not None:
-            tally.bytes += len(record.data)
+        with self._lock:
+            self._turn()
+            stream = self._live.get(record.stream)
+            if stream is not None:
+                stream.chunk(record)
+                self._counts["bytes"] += len(record.data)
 
     def on_token(self, record: StreamRecord) -> None:
-        tally = self._health.live.get(record.stream)
-        if tally is None:
-            return
-        tally.tokens += 1
-        seconds = record.seconds
-        if tally.last is not None:
-            tally.gaps.append(seconds - tally.last)
-        tally.last = seconds
-        full = len(tally.gaps) >= _FLUSH_DELTAS
-        if full or seconds - tally.flushed_at >= _FLUSH_SECONDS or tally.first is None:
-            now = self._clock()
-            with self._lock:
-                self._health.flush(tally, seconds, now)
+        with self._lock:
+            if self._clock() >= self._slot_end:  # a call less for each delta
+                self._turn()
+            stream = self._live.get(record.stream)
+            if stream is None:
+                return
+            self._counts["tokens"] += 1
+            wait = stream.delta(record)
+            if wait is not None:
+                self._means["gap_seconds"].add(wait)
+            elif stream.deltas == 1:
+                self._means["first_token_seconds"].add(record.seconds)
 
     def on_retry(self, record: StreamRecord) -> None:
-        now = self._clock()
         with self._lock:
-            known = self._health.retry(record, now)
-        if known:
-            self._changed()
+            self._turn()
+            stream = self._live.get(record.stream)
+            if stream is None:
+                return
+            stream.retries += 1
+            self._counts["retries"] += 1
+            self._blame(self._retried, record.data["error"])
+        self._changed()
 
     def on_complete(self, record: StreamRecord) -> None:
         self._end(record, "completed")
@@ -8104,26 +8112,74 @@ class StreamMonitor(Observer):
         self._end(record, "closed" if closed else "failed")
 
     def _end(self, record: StreamRecord, state: str) -> None:
-        now = self._clock()
         with self._lock:
-            known = self._health.end(record, state, now)
-        if known:
-            self._changed()
+            self._turn()
+            stream = self._live.pop(record.stream, None)
+            if stream is None:
+                return
+            stream.state, stream.seconds = state, record.seconds
+            if state == "failed":
+                kind = _error_kind(record.data)
+                stream.failure = _clipped(f"{kind}: {record.why}", 300)
+                self._blame(self._errors, record.data)
+            self._counts[state] += 1
+            self._means["seconds"].add(record.seconds)
+            self._sizes.add(stream.bytes)
+            self._ended.append(stream)
+        self._changed()
+
+    def _blame(self, types: dict[str, int], error: StreamingError) -> None:
+        for counts, name in (
+            (types, type(error).__name__),
+            (self._kinds, _error_kind(error)),
+        ):
+            if name not in counts and len(counts) >= _MONITOR_KINDS:
+                name = "other"
+            counts[name] = counts.get(name, 0) + 1
 
     def _changed(self) -> None:
         if self._on_change is not None:
             self._on_change(self.report())
 
-    def _snapshot(self) -> _Snapshot:
+    def _turn(self) -> float:
+        """The time; if a slot of the series begins, note the totals it begins with.
+
+        Called before a figure changes, or the change would count for the slot before.
+        """
         now = self._clock()
-        with self._lock:
-            snapshot = self._health.snapshot(now)
-        for tally in snapshot.tallies:
-            snapshot.gaps.add(*tally.gaps)
-        return snapshot
+        if now >= self._slot_end:
+            number = now // _SLOT_SECONDS
+            self._slot_end = (number + 1) * _SLOT_SECONDS
+            self._slots.append((number, self._totals()))
+        return now
+
+    def _totals(self) -> dict[str, float]:
+        """All figures of the series since the monitor began."""
+        totals: dict[str, float] = dict(self._counts)
+        for name, histogram in self._means.items():
+            totals[name], totals[name + "#"] = histogram.total, histogram.count
+        return totals
+
+    def _series(self, now: float) -> list[dict[str, Any]]:
+        begins, end, rows = dict(self._slots), self._totals(), []
+        last = int(now // _SLOT_SECONDS)
+        for number in range(last, last - _SLOTS, -1):
+            begin = begins.get(number, end)  # nothing happened, nothing was noted
+            grown = {name: end[name] - begin[name] for name in end}
+            ended = end["completed"] + end["failed"] + end["closed"]
+            row: dict[str, Any] = {"ago": _rounded(now - number * _SLOT_SECONDS)}
+            row["active"] = end["started"] - ended
+            row.update((name, grown[name]) for name in _COUNTS)
+            for name in _MEANS:
+                row[name] = _ratio(grown[name], grown[name + "#"])
+            rows.append(row)
+            end = begin
+        return rows[::-1]
 
     def report(self) -> dict[str, Any]:
         """Everything as a plain dict that JSON can hold; times in seconds.
+
+        :returns: these keys:
 
         - ``active started completed failed closed retries tokens bytes``: counts.
           ``tokens`` are deltas; ``closed`` were left early by their caller and count
@@ -8141,30 +8197,40 @@ class StreamMonitor(Observer):
         - ``series``: 60 slots of ``series_step_seconds`` with counts and means, the
           oldest first; ``ago`` says how long ago a slot began.
         """
-        state = self._snapshot()
-        counts = state.counts
-        tallies = sorted(state.tallies, key=lambda tally: tally.stream, reverse=True)
-        common = sorted(state.kinds.items(), key=lambda item: -item[1])[:_COMMON_ERRORS]
-        return {
-            **counts,
-            "success_rate": _ratio(
-                counts["completed"], counts["completed"] + counts["failed"]
-            ),
-            "average_retries": _ratio(counts["retries"], counts["started"]),
-            "average_seconds": state.durations.mean(),
-            "average_bytes": _ratio(state.ended_bytes, state.durations.count),
-            "errors_by_type": state.errors,
-            "retries_by_type": state.retried,
-            "common_errors": [{"error": kind, "count": n} for kind, n in common],
-            "seconds": state.durations.percentiles(),
-            "first_token_seconds": state.firsts.percentiles(),
-            "gaps": state.gaps.percentiles(),
-            "tokens_per_second": state.token_rate,
-            "bytes_per_second": state.byte_rate,
-            "streams": [tally.row(state.now) for tally in tallies],
-            "series_step_seconds": _Series.STEP,
-            "series": state.series,
-        }
+        with self._lock:
+            now, counts, means = self._clock(), self._counts, self._means
+            live = list(self._live.values())
+            shown = live[-_MONITOR_ROWS:] + list(self._ended)
+            shown.sort(key=lambda stream: stream.stream, reverse=True)
+            common = sorted(self._kinds.items(), key=lambda item: -item[1])
+            series = self._series(now)
+            recent = series[-3:]
+            seconds = max(min(recent[0]["ago"], now - self._began), 1.0)
+            return {
+                **counts,
+                "active": len(live),
+                "success_rate": _ratio(
+                    counts["completed"], counts["completed"] + counts["failed"]
+                ),
+                "average_retries": _ratio(counts["retries"], counts["started"]),
+                "average_seconds": means["seconds"].mean(),
+                "average_bytes": self._sizes.mean(),
+                "errors_by_type": dict(self._errors),
+                "retries_by_type": dict(self._retried),
+                "common_errors": [
+                    {"error": kind, "count": n} for kind, n in common[:_COMMON_ERRORS]
+                ],
+                "seconds": means["seconds"].percentiles(),
+                "first_token_seconds": means["first_token_seconds"].percentiles(),
+                "gaps": means["gap_seconds"].percentiles(),
+                **{
+                    f"{name}_per_second": _ratio(sum(r[name] for r in recent), seconds)
+                    for name in ("tokens", "bytes")
+                },
+                "streams": [stream.row(now) for stream in shown],
+                "series_step_seconds": _SLOT_SECONDS,
+                "series": series,
+            }
 
     def prometheus(self) -> str:
         """The counts as Prometheus text (version 0.0.4), to be served as it is.
@@ -8172,131 +8238,66 @@ class StreamMonitor(Observer):
         :returns: counters, one gauge and three histograms, named
             ``resilient_sse_...``; labels are ``outcome`` and ``type``.
         """
-        return _exposition(self._snapshot())
+        lines: list[str] = []
+
+        def family(name: str, kind: str, text: str, samples: dict[str, float]) -> None:
+            name = "resilient_sse_" + name
+            lines.append(f"# HELP {name} {text}")
+            lines.append(f"# TYPE {name} {kind}")
+            lines.extend(f"{name}{key} {value!r}" for key, value in samples.items())
+
+        with self._lock:
+            counts = self._counts
+            ended = {name: counts[name] for name in ("completed", "failed", "closed")}
+            active = {"": len(self._live)}
+            family("active_streams", "gauge", "Streams now open.", active)
+            for name in ("started", "retries", "tokens", "bytes"):
+                family(name + "_total", "counter", _COUNTS[name], {"": counts[name]})
+            for name, label, text, values in (
+                ("ended", "outcome", "Streams ended.", ended),
+                ("errors", "type", "Errors that ended a stream.", self._errors),
+                ("retried_errors", "type", "Errors that were retried.", self._retried),
+            ):
+                # JSON escapes what the format does: quote, backslash, line feed.
+                labels = (jsonlib.dumps(v, ensure_ascii=False) for v in values)
+                samples = zip((f"{{{label}={v}}}" for v in labels), values.values())
+                family(name + "_total", "counter", text, dict(samples))
+            for key, (name, text) in _MEANS.items():
+                histogram = self._means[key]
+                buckets: dict[str, float] = {
+                    f'_bucket{{le="{10 ** (place / 24):.6g}"}}': histogram.up_to(place)
+                    for place in _EDGES
+                }
+                buckets['_bucket{le="+Inf"}'] = histogram.count
+                buckets["_sum"], buckets["_count"] = histogram.total, histogram.count
+                family(name, "histogram", text, buckets)
+        return "\n".join(lines) + "\n"
 
     def __str__(self) -> str:
-        return _monitor_text(self.report())
+        report = self.report()
+        lines = [f"{label:>12}  {value}" for label, value in _shown_figures(report)]
+        for common in report["common_errors"]:
+            lines.append(f"{'error':>12}  {common['count']} x {common['error']}")
+        return _CONTROL.sub("\ufffd", "\n".join(lines))
 
     def _repr_html_(self) -> str:
-        return _monitor_html(self.report())
+        import html
 
+        def row(tag: str, cells: Iterable[object]) -> str:
+            texts = ("-" if cell is None else html.escape(str(cell)) for cell in cells)
+            marked = "".join(f"<{tag}>{text}</{tag}>" for text in texts)
+            return f"<tr>{marked}</tr>"
 
-class _Health:
-    """The figures of a monitor; whoever calls a method holds the monitor's lock."""
-
-    def __init__(self, now: float) -> None:
-        from collections import deque
-
-        self.live: dict[int, _Tally] = {}
-        self.ended: deque[_Tally] = deque(maxlen=_MONITOR_ROWS)
-        self.counts = dict.fromkeys(_Series.COUNTS, 0)  # those of live streams apart
-        self.errors: dict[str, int] = {}
-        self.retried: dict[str, int] = {}
-        self.kinds: dict[str, int] = {}
-        self.durations = _LogHistogram()
-        self.firsts = _LogHistogram()
-        self.gaps = _LogHistogram()
-        self.series = _Series(now)
-
-    def start(self, tally: _Tally, now: float) -> None:
-        self.live[tally.stream] = tally
-        self.counts["started"] += 1
-        self.series.add(now, started=1)
-        self.series.active(now, len(self.live))
-
-    def flush(self, tally: _Tally, seconds: float, now: float) -> None:
-        """Take over what a stream has gathered since the last time."""
-        if tally.first is None and tally.tokens:
-            tally.first = seconds
-            self.firsts.add(seconds)
-            self.series.mean(now, "first_token_seconds", seconds)
-        tokens, size = tally.flushed
-        self.series.add(now, tokens=tally.tokens - tokens, bytes=tally.bytes - size)
-        tally.flushed_at, tally.flushed = seconds, (tally.tokens, tally.bytes)
-        gaps, tally.gaps = tally.gaps, []
-        self.gaps.add(*gaps)
-        self.series.mean(now, "gap_seconds", sum(gaps), len(gaps))
-
-    def retry(self, record: StreamRecord, now: float) -> bool:
-        tally = self.live.get(record.stream)
-        if tally is None:
-            return False
-        tally.retries += 1
-        tally.last = None  # the wait is no gap between deltas
-        self.counts["retries"] += 1
-        self.series.add(now, retries=1)
-        self._blame(self.retried, record.data["error"])
-        return True
-
-    def end(self, record: StreamRecord, state: str, now: float) -> bool:
-        tally = self.live.pop(record.stream, None)
-        if tally is None:
-            return False
-        self.flush(tally, record.seconds, now)
-        tally.state, tally.seconds = state, record.seconds
-        if state == "failed":
-            tally.error = _clipped(f"{_error_kind(record.data)}: {record.why}", 300)
-            self._blame(self.errors, record.data)
-        for name, amount in (("tokens", tally.tokens), ("bytes", tally.bytes)):
-            self.counts[name] += amount
-        self.counts[state] += 1
-        self.ended.append(tally)
-        self.durations.add(record.seconds)
-        self.series.add(now, **{state: 1})
-        self.series.mean(now, "seconds", record.seconds)
-        self.series.active(now, len(self.live))
-        return True
-
-    def _blame(self, types: dict[str, int], error: StreamingError) -> None:
-        _count_capped(types, type(error).__name__)
-        _count_capped(self.kinds, _error_kind(error))
-
-    def snapshot(self, now: float) -> _Snapshot:
-        live = list(self.live.values())
-        counts = dict(self.counts, active=len(live))
-        counts["tokens"] += sum(tally.tokens for tally in live)
-        counts["bytes"] += sum(tally.bytes for tally in live)
-        return _Snapshot(
-            counts=counts,
-            ended_bytes=self.counts["bytes"],
-            # Those alone are asked for gaps not yet taken over: with thousands of
-            # streams a report must not cost what all of them gathered.
-            tallies=live[-_MONITOR_ROWS:] + list(self.ended),
-            errors=dict(self.errors),
-            retried=dict(self.retried),
-            kinds=dict(self.kinds),
-            durations=self.durations.copy(),
-            firsts=self.firsts.copy(),
-            gaps=self.gaps.copy(),
-            series=self.series.table(now),
-            token_rate=self.series.rate(now, "tokens"),
-            byte_rate=self.series.rate(now, "bytes"),
-            now=now,
-        )
-
-
-class _Snapshot(NamedTuple):
-    """One consistent copy of a monitor's figures, so that it can be read unlocked."""
-
-    counts: dict[str, int]
-    ended_bytes: int
-    tallies: list[_Tally]
-    errors: dict[str, int]
-    retried: dict[str, int]
-    kinds: dict[str, int]
-    durations: _LogHistogram
-    firsts: _LogHistogram
-    gaps: _LogHistogram
-    series: list[dict[str, Any]]
-    token_rate: float
-    byte_rate: float
-    now: float
-
-
-def _count_capped(counts: dict[str, int], name: str) -> None:
-    if name not in counts and len(counts) >= _MONITOR_KINDS:
-        name = "other"
-    counts[name] = counts.get(name, 0) + 1
+        report = self.report()
+        tables = ["".join(row("td", figure) for figure in _shown_figures(report))]
+        errors = [row("td", (e["count"], e["error"])) for e in report["common_errors"]]
+        if errors:
+            tables.append(row("th", ("count", "error")) + "".join(errors))
+        streams = report["streams"]
+        names = streams[0] if streams else ("stream", "state")
+        lines = [row("td", stream.values()) for stream in streams]
+        tables.append(row("th", names) + "".join(lines))
+        return "".join(f"<table>{table}</table>" for table in tables)
 
 
 def _error_kind(error: BaseException) -> str:
@@ -8310,112 +8311,22 @@ def _error_kind(error: BaseException) -> str:
     return _clipped(" ".join(words) + (f" ({phase})" if phase else ""), 120)
 
 
-def _figure(value: float | None, unit: str = "") -> str:
-    return "-" if value is None else f"{value:.4g}{unit}"
-
-
-def _monitor_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
+def _shown_figures(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Labels and values of a report, for people."""
     rate = report["success_rate"]
-    facts = [
-        (name, str(report[name]))
-        for name in ("active", "started", "completed", "failed", "closed", "retries")
-    ]
-    facts.append(("success rate", "-" if rate is None else f"{rate:.1%}"))
-    facts.append(("deltas", f"{report['tokens']} ({report['tokens_per_second']:g}/s)"))
-    facts.append(("bytes", f"{report['bytes']} ({report['bytes_per_second']:g}/s)"))
-    for name, label in (
-        ("seconds", "duration"),
-        ("first_token_seconds", "first token"),
-        ("gaps", "gap"),
+    names = ("active", "started", "completed", "failed", "closed", "retries")
+    figures = [(name, str(report[name])) for name in names]
+    figures.append(("success rate", "-" if rate is None else f"{rate:.1%}"))
+    for label, name in (("deltas", "tokens"), ("bytes", "bytes")):
+        figures.append((label, f"{report[name]} ({report[name + '_per_second']:g}/s)"))
+    for label, name in (
+        ("duration", "seconds"),
+        ("first token", "first_token_seconds"),
+        ("gap", "gaps"),
     ):
         marks = [f"{mark} {_figure(v, ' s')}" for mark, v in report[name].items()]
-        facts.append((label, ", ".join(marks)))
-    return facts
-
-
-def _monitor_text(report: dict[str, Any]) -> str:
-    lines = [f"{label:>12}  {value}" for label, value in _monitor_facts(report)]
-    for common in report["common_errors"]:
-        lines.append(f"{'error':>12}  {common['count']} x {common['error']}")
-    return _CONTROL.sub("\ufffd", "\n".join(lines))
-
-
-def _monitor_html(report: dict[str, Any]) -> str:
-    import html
-
-    def row(tag: str, cells: Iterable[object]) -> str:
-        texts = (html.escape("-" if cell is None else str(cell)) for cell in cells)
-        return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"
-
-    facts = "".join(row("td", fact) for fact in _monitor_facts(report))
-    errors = "".join(
-        row("td", (common["count"], common["error"]))
-        for common in report["common_errors"]
-    )
-    streams = "".join(row("td", stream.values()) for stream in report["streams"])
-    names = report["streams"][0] if report["streams"] else {"stream": 0, "state": ""}
-    return (
-        f"<table>{facts}</table>"
-        + (f"<table>{row('th', ('count', 'error'))}{errors}</table>" if errors else "")
-        + f"<table>{row('th', names)}{streams}</table>"
-    )
-
-
-_EDGES = range(-3 * 24, 3 * 24 + 1, 8)  # a millisecond to 1000 s, three a decade
-
-
-def _exposition(state: _Snapshot) -> str:
-    """The Prometheus text of a snapshot."""
-    counts = state.counts
-    ended = {name: counts[name] for name in ("completed", "failed", "closed")}
-    lines: list[str] = []
-
-    def family(name: str, kind: str, text: str, *samples: tuple[str, float]) -> None:
-        name = "resilient_sse_" + name
-        lines.append(f"# HELP {name} {text}")
-        lines.append(f"# TYPE {name} {kind}")
-        lines.extend(f"{name}{suffix} {value!r}" for suffix, value in samples)
-
-    family("active_streams", "gauge", "Streams now open.", ("", counts["active"]))
-    for name, text in (
-        ("started", "Streams begun."),
-        ("retries", "Retries and resumes scheduled."),
-        ("tokens", "Deltas received."),
-        ("bytes", "Bytes of bodies received."),
-    ):
-        family(name + "_total", "counter", text, ("", counts[name]))
-    for name, label, text, values in (
-        ("ended", "outcome", "Streams ended.", ended),
-        ("errors", "type", "Errors that ended a stream.", state.errors),
-        ("retried_errors", "type", "Errors that were retried.", state.retried),
-    ):
-        family(name + "_total", "counter", text, *_labelled(label, values))
-    for name, text, histogram in (
-        ("stream_seconds", "Duration of ended streams.", state.durations),
-        ("first_token_seconds", "Time from start to first delta.", state.firsts),
-        ("delta_gap_seconds", "Time between two deltas.", state.gaps),
-    ):
-        family(name, "histogram", text, *_histogram_samples(histogram))
-    return "\n".join(lines) + "\n"
-
-
-def _labelled(label: str, values: dict[str, int]) -> list[tuple[str, float]]:
-    samples: list[tuple[str, float]] = []
-    for value, count in values.items():
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        samples.append((f'{{{label}="{escaped}"}}', count))
-    return samples
-
-
-def _histogram_samples(histogram: _LogHistogram) -> list[tuple[str, float]]:
-    samples: list[tuple[str, float]] = []
-    for place in _EDGES:
-        edge = 10 ** (place / histogram.PER_DECADE)
-        samples.append((f'_bucket{{le="{edge:.6g}"}}', histogram.up_to(place)))
-    samples.append(('_bucket{le="+Inf"}', histogram.count))
-    samples.append(("_sum", histogram.total))
-    samples.append(("_count", histogram.count))
-    return samples
+        figures.append((label, ", ".join(marks)))
+    return figures
 
 
 # ---------------------------------------------------------------------------
@@ -8427,7 +8338,9 @@ def _histogram_samples(histogram: _LogHistogram) -> list[tuple[str, float]]:
 # Refuses to hold text in report() and save(): sizes only, secrets masked by header
 # name. save_raw() alone writes the body itself, and needs that to be replayed.
 
-_KEY_LIKE = r"(?i)\b(?:bearer\s+|sk-|xox[a-z]-|AIza|hf_|gsk_)[^\s\"',;]{6,}"
+#: The records hold no secret of ours, but a report is for the public: a server may
+#: quote somebody else's key, that of its own upstream, say.
+_KEY_LIKE = re.compile(r"(?i)\b(?:bearer\s+|sk-|xox[a-z]-|AIza|hf_|gsk_)[^\s\"',;]{6,}")
 _WHY_WIDTH = 300
 _HEADER_WIDTH = 120
 _BAR_WIDTH = 40
@@ -8452,10 +8365,6 @@ class _TraceEntry(NamedTuple):
     why: str
     facts: dict[str, Any]
 
-    def plain(self) -> dict[str, Any]:
-        line = {"seconds": _rounded(self.seconds), "attempt": self.attempt}
-        return {**line, "what": self.what, "why": self.why, **self.facts}
-
 
 class _Ring:
     """Keeps the first and the last entries added, and counts those between."""
@@ -8466,23 +8375,191 @@ class _Ring:
         self._size = first
         self._first: list[_TraceEntry] = []
         self._last: deque[_TraceEntry] = deque(maxlen=last)
-        self.left_out = 0
+        self._left_out = 0
 
     def add(self, entry: _TraceEntry) -> None:
         if len(self._first) < self._size:
             self._first.append(entry)
             return
-        self.left_out += len(self._last) == self._last.maxlen
+        self._left_out += len(self._last) == self._last.maxlen
         self._last.append(entry)
 
     def entries(self) -> list[_TraceEntry]:
         """The kept ones in order, with an entry that says so where some are missing."""
         middle = []
-        if self.left_out and self._first:
-            edge = self._first[-1]
-            why = f"{self.left_out} entries left out here"
-            middle = [edge._replace(what="left out", why=why, facts={})]
+        if self._left_out and self._first:
+            why = f"{self._left_out} entries left out here"
+            middle = [self._first[-1]._replace(what="left out", why=why, facts={})]
         return self._first + middle + list(self._last)
+
+
+class _TraceLog(_StreamFigures):
+    """What a trace has noted of one stream; the trace holds its lock around it.
+
+    Its size is bounded, however long the stream.  A record goes to the method that is
+    named as what it tells of.
+    """
+
+    def __init__(
+        self, start: StreamRecord, first: int, last: int, gap: float, raw_limit: int
+    ) -> None:
+        super().__init__(start)
+        self.url = _bare_url(str(start.data.get("url") or ""))
+        self.gap = gap
+        self.raw_limit = raw_limit
+        self.timeline = _Ring(first, last)
+        self.details = _Ring(first, last)
+        self.end = "running"
+        self.requests = self.events = self.pings = 0
+        self.kinds: dict[str, int] = {}  # of deltas
+        self.characters: dict[str, int] = {}
+        self.usage: tuple[int | None, int | None] = (None, None)
+        self.waits = _LogHistogram()
+        self.sizes = _LogHistogram()
+        self.raw = bytearray()
+        self.raw_bytes = 0
+        self._raw_is_stale = False
+        self._number = 0
+        self._handed = 0  # characters of text that still stand
+        self._request_at = self._read_at = 0.0
+        self._has_body = False  # the present request's response
+        self._at_line_start = True
+        self._gap_was_noted = False  # of the present silence
+        self._ping: dict[str, Any] | None = None  # facts of the last entry, if a ping's
+
+    def see(self, record: StreamRecord) -> None:
+        self.seconds = max(self.seconds, record.seconds)
+        getattr(self, record.what)(record)
+
+    def _note(self, record: StreamRecord, what: str, why: str, **facts: Any) -> None:
+        """A line of the timeline."""
+        self._ping = facts if what == "ping" else None
+        self.timeline.add(self._entry(record, what, _harmless(why), facts))
+
+    def _detail(self, record: StreamRecord, **facts: Any) -> None:
+        """What save() alone writes: there may be one for each read and delta."""
+        self.details.add(self._entry(record, record.what, "", facts))
+
+    def _entry(
+        self, record: StreamRecord, what: str, why: str, facts: dict[str, Any]
+    ) -> _TraceEntry:
+        self._number += 1
+        place = (self._number, record.seconds, record.attempt)
+        return _TraceEntry(*place, what, why, facts)
+
+    def start(self, record: StreamRecord) -> None:
+        about = {"model": self.model, "dialect": self.dialect, "url": self.url}
+        self._note(record, "start", record.why, **about)
+
+    def request(self, record: StreamRecord) -> None:
+        self.requests += 1
+        self._request_at = self._read_at = record.seconds
+        self._has_body, self._at_line_start = False, True
+        data = record.data
+        facts = {name: data.get(name) for name in ("method", "action", "body_bytes")}
+        facts["url"] = _bare_url(str(data.get("url") or ""))
+        facts["headers"] = _short_headers(data.get("headers") or {})
+        self._note(record, "request", record.why, **facts)
+
+    def response(self, record: StreamRecord) -> None:
+        status = record.data.get("status")
+        self._read_at = record.seconds
+        # A new body: the one before ends in a drop, and a decoder that read both as
+        # one would see the same text twice or a broken event.
+        self._raw_is_stale = self._raw_is_stale or status is None or status < 400
+        headers = _short_headers(record.data.get("headers") or {})
+        self._note(record, "response", record.why, status=status, headers=headers)
+
+    def chunk(self, record: StreamRecord) -> None:
+        super().chunk(record)
+        data, wait = record.data, record.seconds - self._read_at
+        self._read_at = record.seconds
+        self.sizes.add(len(data))
+        self.waits.add(wait)
+        if self._raw_is_stale:
+            self.raw, self.raw_bytes, self._raw_is_stale = bytearray(), 0, False
+        self.raw_bytes += len(data)
+        if self.raw_bytes <= self.raw_limit:
+            self.raw += data
+        else:
+            self.raw = bytearray()  # never written, so not worth its memory
+        facts = {"bytes": len(data), "wait": _rounded(wait)}
+        self._detail(record, **facts)
+        if not self._has_body:
+            self._has_body = True
+            why = f"{len(data)} bytes, {wait:.3f} s after the headers"
+            self._note(record, "first byte", why, **facts)
+        elif wait >= self.gap:
+            self._gap_was_noted = True
+            why = f"{wait:.3f} s without a byte"
+            self._note(record, "gap", why, wait=_rounded(wait))
+        comments = data.count(b"\n:") + (self._at_line_start and data[:1] == b":")
+        self._at_line_start = data.endswith((b"\n", b"\r"))
+        if comments:
+            self._count_pings(record, comments, "comment")
+
+    def _count_pings(self, record: StreamRecord, count: int, form: str) -> None:
+        """Those in a row make one entry, which goes on counting where it stands."""
+        self.pings += count
+        if self._ping is None:
+            self._note(record, "ping", "", form=form, count=0, until=0.0)
+        ping = cast("dict[str, Any]", self._ping)
+        ping["count"] += count
+        ping["until"] = _rounded(record.seconds)
+
+    def event(self, record: StreamRecord) -> None:
+        event = record.data
+        self.events += 1
+        size = len(event.data)
+        self._detail(record, event=_clipped(event.event, 60), characters=size)
+        if event.event == "ping":
+            self._count_pings(record, 1, "event")
+
+    def token(self, record: StreamRecord) -> None:
+        kind, text, index, _ = record.data
+        size = len(text)
+        self._detail(record, kind=kind, index=index, characters=size)
+        wait, seam = self.delta(record), self._handed
+        self.kinds[kind] = self.kinds.get(kind, 0) + 1
+        self.characters[kind] = self.characters.get(kind, 0) + size
+        if kind == "text" and index == 0:
+            self._handed += size
+        if wait is None and seam:
+            self._note(record, "seam", f"goes on after character {seam}", offset=seam)
+        elif wait is None:
+            since = record.seconds - self._request_at
+            why = f"{kind}, {since:.3f} s after the request"
+            self._note(record, "first delta", why, kind=kind, wait=_rounded(since))
+        elif wait >= self.gap and not self._gap_was_noted:
+            why = f"{wait:.3f} s without a delta, though bytes came"
+            self._note(record, "gap", why, wait=_rounded(wait))
+        self._gap_was_noted = False
+
+    def retry(self, record: StreamRecord) -> None:
+        self.retries += 1
+        facts = self._error_facts(record.data["error"])
+        wait, action = _rounded(record.data["wait"]), record.data["action"]
+        self._note(record, "retry", record.why, wait=wait, action=action, **facts)
+
+    def restart(self, record: StreamRecord) -> None:
+        self._note(record, "restart", record.why, void_characters=self._handed)
+        self._handed = 0
+
+    def error(self, record: StreamRecord) -> None:
+        self.end = f"{type(record.data).__name__}: {record.why}"
+        self._note(record, "error", record.why, **self._error_facts(record.data))
+
+    def _error_facts(self, error: StreamingError) -> dict[str, Any]:
+        return {**_error_facts(error), "kept_characters": self._handed}
+
+    def complete(self, record: StreamRecord) -> None:
+        reason = getattr(record.data, "finish_reason", None)
+        seams = list(getattr(record.data, "seams", None) or ())
+        usage = getattr(record.data, "usage", None)
+        if usage is not None:
+            self.usage = (usage.input_tokens, usage.output_tokens)
+        self.end = f"complete ({reason})" if reason else "complete"
+        self._note(record, "complete", record.why, finish_reason=reason, seams=seams)
 
 
 class StreamTrace(Observer):
@@ -8516,11 +8593,12 @@ class StreamTrace(Observer):
         # Reentrant for the reason given in StreamMonitor.
         self._lock = threading.RLock()
         self._sizes = (first, last, gap, raw_limit)
-        self._log = _TraceLog(-1, *self._sizes)
+        nothing = StreamRecord("start", -1, 0.0, 0, "", {})
+        self._log = _TraceLog(nothing, *self._sizes)
 
     def on_start(self, record: StreamRecord) -> None:
         with self._lock:
-            self._log = _TraceLog(record.stream, *self._sizes)
+            self._log = _TraceLog(record, *self._sizes)
             self._log.start(record)
 
     def _see(self, record: StreamRecord) -> None:
@@ -8532,23 +8610,79 @@ class StreamTrace(Observer):
     on_retry = on_restart = on_error = on_complete = _see
 
     def summary(self) -> dict[str, Any]:
-        """The figures of the stream as a plain dict that JSON can hold.
+        """The figures of the stream.
 
-        Sizes in bytes and characters, times in seconds; percentiles within 5 %.
+        :returns: a plain dict that JSON can hold: sizes in bytes and characters, times
+            in seconds; percentiles within 5 %.
         """
+        import platform
+
+        versions = (
+            f"resilient_sse {__version__}",
+            f"Python {platform.python_version()}",
+            f"requests {vars(requests)['__version__']}",  # not exported, say its types
+            f"urllib3 {sys.modules['urllib3'].__version__}",
+            platform.system(),
+        )
         with self._lock:
-            return self._log.sums.plain()
+            log = self._log
+            return {
+                "model": log.model,
+                "dialect": log.dialect,
+                "url": log.url,
+                "end": _harmless(log.end),
+                "seconds": _rounded(log.seconds),
+                "first_byte_seconds": _rounded(log.first_byte),
+                "first_token_seconds": _rounded(log.first_token),
+                "requests": log.requests,
+                "retries": log.retries,
+                "bytes": log.bytes,
+                "chunks": log.chunks,
+                "events": log.events,
+                "pings": log.pings,
+                "deltas": dict(log.kinds),
+                "characters": dict(log.characters),
+                "input_tokens": log.usage[0],
+                "output_tokens": log.usage[1],
+                "chunk_bytes": _spread(log.sizes),
+                "chunk_waits": _spread(log.waits),
+                "software": ", ".join(versions),
+            }
 
     def report(self) -> str:
-        """Summary, timeline (its first and last entries) and chunk analysis, as text."""
+        """The trace, to be read and to be pasted.
+
+        :returns: summary, timeline (its first and last entries) and chunk analysis.
+        """
         with self._lock:
-            facts = self._log.sums.plain()
-            entries = self._log.timeline.entries()
-            waits = self._log.sums.waits.copy()
-        lines = ["Summary", *_summary_lines(facts), "", "Timeline"]
+            facts, entries = self.summary(), self._log.timeline.entries()
+            bars = _bars(self._log.waits)
+        lines = ["Summary"]
+        for name, value in facts.items():
+            if name.startswith("chunk_") or value in (None, "", {}):
+                continue
+            if isinstance(value, dict):
+                value = ", ".join(f"{key} {count}" for key, count in value.items())
+            label = name.replace("_", " ").replace(" seconds", "")
+            unit = " s" if name.endswith("seconds") else ""
+            lines.append(f"  {label:<14} {value}{unit}")
+        lines += ["", "Timeline"]
         for entry in entries:
-            lines.extend(_entry_lines(entry))
-        lines += ["", "Chunks", *_chunk_lines(facts, waits)]
+            shown = {k: entry.facts.get(k) for k in _SHOWN_FACTS.get(entry.what, ())}
+            named = [f"{k}={v}" for k, v in shown.items() if v not in (None, "", [])]
+            text = "; ".join(part for part in (entry.why, " ".join(named)) if part)
+            place = f"  {entry.seconds:10.3f} s  #{entry.attempt}"
+            lines.append(f"{place}  {entry.what:<11}  {text}".rstrip())
+            headers = entry.facts.get("headers", {})
+            lines += [f"{'':22}{name}: {value}" for name, value in headers.items()]
+        lines += ["", "Chunks"]
+        for label, marks, unit in (
+            ("sizes", facts["chunk_bytes"], " B"),
+            ("read times", facts["chunk_waits"], " s"),
+        ):
+            texts = (f"{name} {_figure(mark, unit)}" for name, mark in marks.items())
+            lines.append(f"  {label:<11} " + ", ".join(texts))
+        lines += ["", "Gaps between reads", *bars]
         return _CONTROL.sub("\ufffd", "\n".join(lines)) + "\n"
 
     def __str__(self) -> str:
@@ -8561,11 +8695,14 @@ class StreamTrace(Observer):
         :raises OSError: if it cannot be written.
         """
         with self._lock:
-            first = {"what": "summary", **self._log.sums.plain()}
+            lines = [{"what": "summary", **self.summary()}]
             entries = self._log.timeline.entries() + self._log.details.entries()
-        entries.sort(key=lambda entry: entry.number)
+        for _, seconds, attempt, what, why, facts in sorted(
+            entries, key=operator.itemgetter(0)
+        ):
+            place = {"seconds": _rounded(seconds), "attempt": attempt}
+            lines.append({**place, "what": what, "why": why, **facts})
         with open(path, "w", encoding="ascii") as file:
-            lines = [first] + [entry.plain() for entry in entries]
             file.writelines(jsonlib.dumps(line, default=str) + "\n" for line in lines)
 
     def save_raw(self, path: str | os.PathLike[str]) -> None:
@@ -8580,298 +8717,21 @@ class StreamTrace(Observer):
         :raises OSError: if it cannot be written.
         """
         with self._lock:
-            size, raw = self._log.sums.raw_bytes, bytes(self._log.raw)
-        if size > self._log.raw_limit:
+            size, limit = self._log.raw_bytes, self._log.raw_limit
+            # A copy: a bytearray that is being written out cannot grow meanwhile.
+            raw = bytes(self._log.raw)
+        if size > limit:
             raise ValueError(
-                f"the body has {size} bytes, more than the {self._log.raw_limit} kept; "
+                f"the body has {size} bytes, more than the {limit} kept; "
                 f"trace it with StreamTrace(raw_limit={size})"
             )
         with open(path, "wb") as file:
             file.write(raw)
 
 
-class _TraceLog:
-    """What a trace has noted of one stream; the trace holds its lock around it."""
-
-    def __init__(
-        self, stream: int, first: int, last: int, gap: float, raw_limit: int
-    ) -> None:
-        self.stream = stream
-        self.gap = gap
-        self.raw_limit = raw_limit
-        self.timeline = _Ring(first, last)
-        self.details = _Ring(first, last)
-        self.sums = _TraceSums()
-        self.raw = bytearray()
-        self._raw_stale = False
-        self._number = 0
-        self._pings: dict[str, Any] | None = None
-
-    def see(self, record: StreamRecord) -> None:
-        self.sums.seconds = max(self.sums.seconds, record.seconds)
-        getattr(self, record.what)(record)
-
-    def _note(self, record: StreamRecord, what: str, why: str, **facts: Any) -> None:
-        self._pings = facts if what == "ping" else None
-        self._add(self.timeline, record, what, _harmless(why), facts)
-
-    def _detail(self, record: StreamRecord, **facts: Any) -> None:
-        self._add(self.details, record, record.what, "", facts)
-
-    def _add(
-        self,
-        ring: _Ring,
-        record: StreamRecord,
-        what: str,
-        why: str,
-        facts: dict[str, Any],
-    ) -> None:
-        self._number += 1
-        ring.add(
-            _TraceEntry(self._number, record.seconds, record.attempt, what, why, facts)
-        )
-
-    def start(self, record: StreamRecord) -> None:
-        facts = dict(record.data)
-        self.sums.about = {
-            "model": facts.get("model"),
-            "dialect": facts.get("dialect"),
-            "url": _bare_url(str(facts.get("url") or "")),
-        }
-        self._note(record, "start", record.why, **self.sums.about)
-
-    def request(self, record: StreamRecord) -> None:
-        data = record.data
-        self.sums.begin_request(record.seconds)
-        self._note(
-            record,
-            "request",
-            record.why,
-            method=data.get("method"),
-            url=_bare_url(str(data.get("url") or "")),
-            action=data.get("action"),
-            body_bytes=data.get("body_bytes"),
-            headers=_short_headers(data.get("headers") or {}),
-        )
-
-    def response(self, record: StreamRecord) -> None:
-        status = record.data.get("status")
-        self.sums.read_at = record.seconds
-        self._raw_stale = self._raw_stale or status is None or status < 400
-        headers = _short_headers(record.data.get("headers") or {})
-        self._note(record, "response", record.why, status=status, headers=headers)
-
-    def chunk(self, record: StreamRecord) -> None:
-        sums, size = self.sums, len(record.data)
-        wait = sums.add_chunk(record)
-        self._keep(record.data)
-        self._detail(record, bytes=size, wait=_rounded(wait))
-        if sums.body_chunks == 1:
-            why = f"{size} bytes, {wait:.3f} s after the headers"
-            self._note(record, "first byte", why, bytes=size, wait=_rounded(wait))
-        elif wait >= self.gap:
-            sums.gap_noted = True
-            why = f"{wait:.3f} s without a byte"
-            self._note(record, "gap", why, wait=_rounded(wait))
-        comments = sums.count_comments(record.data)
-        if comments:
-            self._ping(record, comments, "comment")
-
-    def _keep(self, data: bytes) -> None:
-        sums = self.sums
-        if self._raw_stale:
-            # A new body: the one before ends in a drop, and a decoder that read
-            # both as one would see the same text twice or a broken event.
-            self.raw, self._raw_stale = bytearray(), False
-            sums.raw_bytes = 0
-        sums.raw_bytes += len(data)
-        if sums.raw_bytes <= self.raw_limit:
-            self.raw += data
-        else:
-            self.raw = bytearray()  # never written, so not worth its memory
-
-    def _ping(self, record: StreamRecord, count: int, form: str) -> None:
-        self.sums.pings += count
-        if self._pings is None:
-            self._note(record, "ping", "", form=form, count=0, until=0.0)
-        if self._pings is not None:
-            self._pings["count"] += count
-            self._pings["until"] = _rounded(record.seconds)
-
-    def event(self, record: StreamRecord) -> None:
-        event = record.data
-        self.sums.events += 1
-        size = len(event.data)
-        self._detail(record, event=_clipped(event.event, 60), characters=size)
-        if event.event == "ping":
-            self._ping(record, 1, "event")
-
-    def token(self, record: StreamRecord) -> None:
-        sums, delta = self.sums, record.data
-        size = len(delta.text)
-        self._detail(record, kind=delta.kind, index=delta.index, characters=size)
-        wait = sums.add_delta(record)
-        if wait is None:
-            self._first_delta(record)
-        elif wait >= self.gap and not sums.gap_noted:
-            why = f"{wait:.3f} s without a delta, though bytes came"
-            self._note(record, "gap", why, wait=_rounded(wait))
-        sums.gap_noted = False
-
-    def _first_delta(self, record: StreamRecord) -> None:
-        kind, seam = record.data.kind, self.sums.seam
-        wait = record.seconds - self.sums.request_at
-        if seam:
-            self._note(record, "seam", f"goes on after character {seam}", offset=seam)
-            return
-        why = f"{kind}, {wait:.3f} s after the request"
-        self._note(record, "first delta", why, kind=kind, wait=_rounded(wait))
-
-    def retry(self, record: StreamRecord) -> None:
-        self.sums.retries += 1
-        facts = self._error_facts(record.data["error"])
-        wait, action = _rounded(record.data["wait"]), record.data["action"]
-        self._note(record, "retry", record.why, wait=wait, action=action, **facts)
-
-    def restart(self, record: StreamRecord) -> None:
-        void = self.sums.void()
-        self._note(record, "restart", record.why, void_characters=void)
-
-    def error(self, record: StreamRecord) -> None:
-        self.sums.end = f"{type(record.data).__name__}: {record.why}"
-        self._note(record, "error", record.why, **self._error_facts(record.data))
-
-    def _error_facts(self, error: StreamingError) -> dict[str, Any]:
-        return {**_error_facts(error), "kept_characters": self.sums.handed}
-
-    def complete(self, record: StreamRecord) -> None:
-        reason = getattr(record.data, "finish_reason", None)
-        seams = list(getattr(record.data, "seams", None) or ())
-        usage = getattr(record.data, "usage", None)
-        if usage is not None:
-            self.sums.usage = (usage.input_tokens, usage.output_tokens)
-        self.sums.end = f"complete ({reason})" if reason else "complete"
-        self._note(record, "complete", record.why, finish_reason=reason, seams=seams)
-
-
-class _TraceSums:
-    """The figures of a trace: fixed in size, however long the stream."""
-
-    def __init__(self) -> None:
-        self.about: dict[str, Any] = {}
-        self.end = "running"
-        self.seconds = 0.0
-        self.requests = self.retries = self.chunks = self.events = self.pings = 0
-        self.bytes = self.raw_bytes = 0
-        self.deltas: dict[str, int] = {}
-        self.characters: dict[str, int] = {}
-        self.usage: tuple[int | None, int | None] | None = None
-        self.waits = _LogHistogram()
-        self.sizes = _LogHistogram()
-        self.first_byte: float | None = None
-        self.first_token: float | None = None
-        self.handed = 0  # characters of text that still stand
-        self.seam = 0
-        self.gap_noted = False
-        self.begin_request(0.0)
-        self.requests = 0
-
-    def begin_request(self, seconds: float) -> None:
-        self.requests += 1
-        self.request_at = self.read_at = seconds
-        self.delta_at: float | None = None
-        self.body_chunks = 0
-        self._line_begins = True
-
-    def add_chunk(self, record: StreamRecord) -> float:
-        """Count a read; how long it was waited for."""
-        wait = record.seconds - self.read_at
-        self.read_at = record.seconds
-        self.chunks += 1
-        self.body_chunks += 1
-        self.bytes += len(record.data)
-        self.sizes.add(len(record.data))
-        self.waits.add(wait)
-        if self.first_byte is None:
-            self.first_byte = record.seconds
-        return wait
-
-    def count_comments(self, data: bytes) -> int:
-        begins = self._line_begins and data.startswith(b":")
-        self._line_begins = data.endswith((b"\n", b"\r"))
-        return data.count(b"\n:") + begins
-
-    def add_delta(self, record: StreamRecord) -> float | None:
-        """Count a delta; the wait since the one before in the same request."""
-        before, self.delta_at = self.delta_at, record.seconds
-        kind, size = record.data.kind, len(record.data.text)
-        if before is None:
-            self.seam = self.handed
-        if self.first_token is None:
-            self.first_token = record.seconds
-        if kind == "text" and record.data.index == 0:
-            self.handed += size
-        self.deltas[kind] = self.deltas.get(kind, 0) + 1
-        self.characters[kind] = self.characters.get(kind, 0) + size
-        return None if before is None else record.seconds - before
-
-    def void(self) -> int:
-        """Forget what was handed out, as the answer starts over."""
-        handed, self.handed = self.handed, 0
-        return handed
-
-    def plain(self) -> dict[str, Any]:
-        sent, got = self.usage or (None, None)
-        first_byte, first_token = self.first_byte, self.first_token
-        return {
-            **self.about,
-            "end": _harmless(self.end),
-            "seconds": _rounded(self.seconds),
-            "first_byte_seconds": None if first_byte is None else _rounded(first_byte),
-            "first_token_seconds": None
-            if first_token is None
-            else _rounded(first_token),
-            "requests": self.requests,
-            "retries": self.retries,
-            "bytes": self.bytes,
-            "chunks": self.chunks,
-            "events": self.events,
-            "pings": self.pings,
-            "deltas": dict(self.deltas),
-            "characters": dict(self.characters),
-            "input_tokens": sent,
-            "output_tokens": got,
-            "chunk_bytes": _spread(self.sizes),
-            "chunk_waits": _spread(self.waits),
-            "software": _software(),
-        }
-
-
-def _spread(histogram: _LogHistogram) -> dict[str, float | None]:
-    some = histogram.count > 0
-    return {
-        "min": _rounded(histogram.least) if some else None,
-        "mean": histogram.mean(),
-        **histogram.percentiles(),
-        "max": _rounded(histogram.greatest) if some else None,
-    }
-
-
-def _software() -> str:
-    import platform
-
-    urllib3 = sys.modules["urllib3"].__version__
-    version = vars(requests)["__version__"]  # not exported, say its types
-    return (
-        f"resilient_sse {__version__}, Python {platform.python_version()}, "
-        f"requests {version}, urllib3 {urllib3}, "
-        f"{platform.system()}"
-    )
-
-
 def _harmless(why: str) -> str:
     """One line without control characters and without what looks like a key."""
-    return _clipped(re.sub(_KEY_LIKE, "***", _one_line(why)), _WHY_WIDTH)
+    return _clipped(_KEY_LIKE.sub("***", _one_line(why)), _WHY_WIDTH)
 
 
 def _short_headers(headers: Mapping[str, Any]) -> dict[str, str]:
@@ -8888,54 +8748,29 @@ def _error_facts(error: BaseException) -> dict[str, Any]:
     return {"error": type(error).__name__, **known}
 
 
-def _summary_lines(facts: dict[str, Any]) -> list[str]:
-    lines = []
-    for name, value in facts.items():
-        if name.startswith("chunk_") or value in (None, "", {}):
-            continue
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {count}" for key, count in value.items())
-        label = name.replace("_", " ").replace(" seconds", "")
-        unit = " s" if name.endswith("seconds") else ""
-        lines.append(f"  {label:<14} {value}{unit}")
-    return lines
-
-
-def _entry_lines(entry: _TraceEntry) -> list[str]:
-    """An entry for the report: its headers follow, a line each."""
-    facts = {name: entry.facts.get(name) for name in _SHOWN_FACTS.get(entry.what, ())}
-    named = [f"{k}={v}" for k, v in facts.items() if v not in (None, "", [])]
-    text = "; ".join(part for part in (entry.why, " ".join(named)) if part)
-    line = f"  {entry.seconds:10.3f} s  #{entry.attempt}  {entry.what:<11}  {text}"
-    headers = entry.facts.get("headers", {})
-    return [line.rstrip()] + [f"{'':22}{k}: {v}" for k, v in headers.items()]
-
-
-def _chunk_lines(facts: dict[str, Any], waits: _LogHistogram) -> list[str]:
-    lines = []
-    for label, name, unit in (
-        ("sizes", "chunk_bytes", " B"),
-        ("read times", "chunk_waits", " s"),
-    ):
-        marks = (f"{key} {_figure(mark, unit)}" for key, mark in facts[name].items())
-        lines.append(f"  {label:<11} " + ", ".join(marks))
-    return [*lines, "", "Gaps between reads", *_bars(waits)]
+def _spread(histogram: _LogHistogram) -> dict[str, float | None]:
+    some = histogram.count > 0
+    return {
+        "min": _rounded(histogram.least) if some else None,
+        "mean": histogram.mean(),
+        **histogram.percentiles(),
+        "max": _rounded(histogram.greatest) if some else None,
+    }
 
 
 def _bars(waits: _LogHistogram) -> list[str]:
     """The gaps between reads as bars, from the shortest to the longest seen."""
-    edges = list(_EDGES)
-    sums = [0] + [waits.up_to(place) for place in edges] + [waits.count]
-    counts = [sums[i + 1] - sums[i] for i in range(len(edges) + 1)]
-    used = [place for place, count in enumerate(counts) if count]
+    ends = [10 ** (place / waits.PER_DECADE) for place in _EDGES]
+    names = [f"to {end:.3g} s" for end in ends] + [f"over {ends[-1]:g} s"]
+    sums = [0, *map(waits.up_to, _EDGES), waits.count]
+    counts = [sums[n + 1] - sums[n] for n in range(len(names))]
+    used = [n for n, count in enumerate(counts) if count]
     if not used:
         return []
-    names = [f"to {10 ** (place / waits.PER_DECADE):.3g} s" for place in edges]
-    names.append(f"over {10 ** (edges[-1] / waits.PER_DECADE):g} s")
     scale = _BAR_WIDTH / max(counts)
     return [
-        f"  {names[i]:>12}  {counts[i]:>7}  {'#' * math.ceil(counts[i] * scale)}".rstrip()
-        for i in range(used[0], used[-1] + 1)
+        f"  {names[n]:>12}  {counts[n]:>7}  {'#' * math.ceil(counts[n] * scale)}".rstrip()
+        for n in range(used[0], used[-1] + 1)
     ]
 
 
