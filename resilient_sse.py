@@ -8240,7 +8240,9 @@ class StreamMonitor(Observer):
         """
         lines: list[str] = []
 
-        def family(name: str, kind: str, text: str, samples: dict[str, float]) -> None:
+        def family(
+            name: str, kind: str, text: str, samples: Mapping[str, float]
+        ) -> None:
             name = "resilient_sse_" + name
             lines.append(f"# HELP {name} {text}")
             lines.append(f"# TYPE {name} {kind}")
@@ -8867,7 +8869,7 @@ class _Live(Observer):
     def __init__(self, painter: _MarkdownCell | _PrintedText, text: str) -> None:
         super().__init__()
         self._painter = painter
-        self._new = [text] if text else []
+        self._new = [text] if text else []  # not painted yet; [""] empties the cell
         self._count = len(text)
         self._painted_at = -painter.interval
 
@@ -8878,35 +8880,33 @@ class _Live(Observer):
             self._count += len(delta.text)
             self._paint_if_due(record)
 
-    def on_chunk(self, record: StreamRecord) -> None:
-        # A ping, too, shows the words that came too soon after the last update.
-        self._paint_if_due(record)
-
     def on_restart(self, record: StreamRecord) -> None:
         self._start_over("")
         self._paint_if_due(record)
+
+    def _paint_if_due(self, record: StreamRecord) -> None:
+        due = record.seconds - self._painted_at >= self._painter.interval
+        if due and self._new:
+            self._painted_at = record.seconds
+            self._paint()
+
+    on_chunk = _paint_if_due  # a ping, too, shows words that came too soon before it
+
+    def _paint(self) -> None:
+        new, self._new = self._new, []
+        self._painter.add("".join(new))
 
     def _start_over(self, text: str) -> None:
         self._painter.start_over()
         self._new = [text]
         self._count = len(text)
 
-    def _paint_if_due(self, record: StreamRecord) -> None:
-        due = record.seconds - self._painted_at >= self._painter.interval
-        if due and self._new:
-            self._painted_at = record.seconds
-            self.paint()
-
-    def paint(self) -> None:
-        if self._new:
-            new, self._new = self._new, []
-            self._painter.add("".join(new))
-
     def finish(self, text: str) -> None:
         """Paint what is left; all of it if this observer came too late for a part."""
         if self._count < len(text):
             self._start_over(text)
-        self.paint()
+        if self._new:
+            self._paint()
 
 
 def _show_live(stream: ChatStream) -> ChatResult:
@@ -8934,19 +8934,13 @@ def _show_as_value(stream: ChatStream) -> None:
     try:
         _show_live(stream)
     except StreamingError as error:
-        if not _fail_cell(error):
+        # IPython prints what a display method raises and goes on: Run All must stop.
+        shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+        result = getattr(getattr(shell, "displayhook", None), "exec_result", None)
+        if shell is None or result is None:
             raise
-
-
-def _fail_cell(error: StreamingError) -> bool:
-    """Have Run All stop: IPython prints what a display method raises and goes on."""
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    result = getattr(getattr(shell, "displayhook", None), "exec_result", None)
-    if shell is None or result is None:
-        return False
-    result.error_in_exec = error
-    shell.showtraceback()
-    return True
+        result.error_in_exec = error
+        shell.showtraceback()
 
 
 # The class stands above the line and must not know of this section.
@@ -9035,22 +9029,24 @@ class _JournalEntry(Observer):
 
         self._may_wait = may_wait
         self._process, self._owner = os.getpid(), os.urandom(8).hex()
-        self._refuse_forked_file()
+        for process, path in list(_open_journals.values()):
+            if path == self._path and process != self._process:
+                raise self._refusal(
+                    "this process was forked while a stream of its parent used the "
+                    "file: use another file, or start it by 'spawn'"
+                )
         _open_journals[self._owner] = self._process, self._path
         try:
             self._connect()
             self._claim()
             self._verify()
-        except (sqlite3.Error, ValueError) as error:  # a message may be damaged too
+        except BaseException as error:
             self._close()
-            raise self._refusal(error) from error
-        except OSError as error:
-            self._close()
-            if error.errno is None:
-                raise
-            raise self._refusal(f"could not open it: {error.strerror}") from error
-        except BaseException:
-            self._close()
+            # A ValueError: the text of SQLite's own message may be damaged, too.
+            if isinstance(error, (sqlite3.Error, ValueError)):
+                raise self._refusal(error) from error
+            if isinstance(error, OSError) and error.errno is not None:  # no refusal
+                raise self._refusal(f"could not open it: {error.strerror}") from error
             raise
 
     def records(self) -> Iterator[tuple[str, Any]]:
@@ -9107,7 +9103,15 @@ class _JournalEntry(Observer):
         self._close()
 
     def on_error(self, record: StreamRecord) -> None:
-        if not _leaves_a_beginning(record.data, self._status):
+        error = record.data
+        last = error.history[-1].error if error.history else ""
+        if last == type(error).__name__:  # it ended the last request
+            can_go_on = error.retryable or isinstance(error, TimeoutError)
+        else:
+            # It is an older drop, whose resumption was refused: the next run's would be
+            # too, unless only the key was wrong.
+            can_go_on = self._status in (401, 403)
+        if not (can_go_on or isinstance(error, StreamAbortedError)):
             self.forget()
         self._close()
 
@@ -9116,19 +9120,28 @@ class _JournalEntry(Observer):
     def _refusal(self, why: object) -> OSError:
         return OSError(f"journal={self._path!r}: {why}")
 
-    def _refuse_forked_file(self) -> None:
-        for process, path in list(_open_journals.values()):
-            if path == self._path and process != self._process:
-                raise OSError(
-                    f"journal={path!r}: this process was forked while a stream of its "
-                    "parent used the file: use another file, or start it by 'spawn'"
-                )
-
     def _connect(self) -> None:
+        """Make the file if there is none, and leave one that is not ours untouched."""
+        import stat
+
         with _creating:
-            self._create()
-            self._refuse_foreign_file()
-            self._make_private()
+            with contextlib.suppress(FileExistsError):
+                made = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+                with open(made, "wb"):
+                    if os.name == "posix":
+                        os.fchmod(made, 0o600)  # whatever the umask left of it
+            found = os.stat(self._path)
+            if not stat.S_ISREG(found.st_mode):
+                raise self._refusal("it is no file")
+            if found.st_size:
+                # Immutable, as far as SQLite knows: it takes no lock, leaves no trace.
+                look = self._connection("mode=ro&immutable=1")
+                with contextlib.closing(look):
+                    self._check_marks(look)
+            for path in (self._path, self._path + "-wal", self._path + "-shm"):
+                shared = os.path.exists(path) and os.stat(path).st_mode & 0o077
+                if shared and os.name == "posix":
+                    os.chmod(path, 0o600)
             self._database = self._connection("mode=rw")
 
     def _connection(self, how: str) -> Any:
@@ -9143,28 +9156,6 @@ class _JournalEntry(Observer):
             check_same_thread=False,
         )
 
-    def _create(self) -> None:
-        try:
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            return
-        try:
-            if os.name == "posix":
-                os.fchmod(file, 0o600)  # whatever the umask left of it
-        finally:
-            os.close(file)
-
-    def _refuse_foreign_file(self) -> None:
-        """Look at a file that is there, without leaving a trace or taking a lock."""
-        import stat
-
-        found = os.stat(self._path)
-        if not stat.S_ISREG(found.st_mode):
-            raise self._refusal("it is no file")
-        if found.st_size:
-            with contextlib.closing(self._connection("mode=ro&immutable=1")) as reader:
-                self._check_marks(reader)
-
     def _check_marks(self, database: Any) -> None:
         [(mark,)] = database.execute("PRAGMA application_id").fetchall()
         [(version,)] = database.execute("PRAGMA user_version").fetchall()
@@ -9173,14 +9164,9 @@ class _JournalEntry(Observer):
         if version != _JOURNAL_VERSION:
             raise self._refusal("written by another version of resilient_sse")
 
-    def _make_private(self) -> None:
-        if os.name != "posix":
-            return
-        for path in (self._path, self._path + "-wal", self._path + "-shm"):
-            if os.path.exists(path) and os.stat(path).st_mode & 0o077:
-                os.chmod(path, 0o600)
-
     def _claim(self) -> None:
+        import sqlite3
+
         self._do("BEGIN IMMEDIATE")
         if self._do("SELECT count(*) FROM sqlite_master") == [(0,)]:
             for statement in _JOURNAL_TABLES:
@@ -9189,13 +9175,7 @@ class _JournalEntry(Observer):
         claim = "INSERT OR REPLACE INTO streams VALUES (?, ?)"
         self._do(claim, [self._request, self._owner])
         self._do("COMMIT")
-        self._write_ahead()
-
-    def _write_ahead(self) -> None:
-        """A commit outlives the process, and need not wait for the disk."""
-        import sqlite3
-
-        try:
+        try:  # a commit then outlives the process, and need not wait for the disk
             self._database.execute("PRAGMA journal_mode = WAL").fetchall()
         except sqlite3.OperationalError as error:  # others are making the file too
             logger.debug("journal: it stays in the mode that it has: %s", error)
@@ -9296,16 +9276,13 @@ class _JournalEntry(Observer):
 
 def _address_asked(url: str) -> str:
     """The URL by which an entry is found: without user, secrets and fragment."""
-    parts = urlsplit(url)
-    pairs = parts.query.split("&")
-    query = "&".join(pair for pair in pairs if not _holds_secret(pair))
+    parts, kept = urlsplit(url), []
+    for pair in parts.query.split("&"):
+        name = re.sub("[-_]", "", unquote(pair.partition("=")[0])).lower()
+        if not re.fullmatch(_SECRET_PARAMETER, name):
+            kept.append(pair)
     host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path, query, ""))
-
-
-def _holds_secret(pair: str) -> bool:
-    name = re.sub("[-_]", "", unquote(pair.partition("=")[0]))
-    return re.fullmatch(_SECRET_PARAMETER, name.lower()) is not None
+    return urlunsplit((parts.scheme, host, parts.path, "&".join(kept), ""))
 
 
 def _sum_with(before: bytes, kind: bytes, value: bytes) -> bytes:
@@ -9313,21 +9290,6 @@ def _sum_with(before: bytes, kind: bytes, value: bytes) -> bytes:
     import hashlib
 
     return hashlib.sha256(before + kind + b"\0" + value).digest()
-
-
-def _leaves_a_beginning(error: StreamingError, status: int) -> bool:
-    """Whether a later run may go on from what was received, not only start over.
-
-    :param status: of the last response.
-    """
-    if isinstance(error, StreamAbortedError):
-        return True
-    last = error.history[-1].error if error.history else ""
-    if last == type(error).__name__:  # it ended the last request
-        return error.retryable or isinstance(error, TimeoutError)
-    # It is an older drop, whose resumption was refused: the next run's would be too,
-    # unless only the key was wrong.
-    return status in (401, 403)
 
 
 _OPTIONAL["journal"] = _JournalEntry
@@ -9376,7 +9338,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except StreamingError as error:
         _complain(f"{type(error).__name__}: {error}")
-        return _exit_status(error)
+        kinds = ((status, kind) for status, _, kind in _EXIT_STATUS if kind)
+        return next((status for status, kind in kinds if isinstance(error, kind)), 1)
     except BrokenPipeError:
         _discard(sys.stdout)
         return 141
@@ -9400,7 +9363,6 @@ def _discard(stream: Any) -> None:
 
 
 _RESUME_MODES = ("auto", "reattach", "continue", "ask", "replay", "never")
-_TIMEOUT_HELP = "seconds, or none"
 _TIMEOUT_NAMES = ("connect", "first_token", "read", "idle", "total")
 
 
@@ -9422,19 +9384,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--dialect", choices=sorted(DIALECTS), default="openai", help="(openai)")
     add("--param", action="append", type=_parameter, default=[], metavar="K=V")
     add("--resume", choices=_RESUME_MODES, default="auto", help="after a drop (auto)")
-    add(
-        "--attempts", type=int, metavar="N", help="requests at most, the first included"
-    )
+    most = "requests at most, the first included"
+    add("--attempts", type=int, metavar="N", help=most)
+    # Left out of the options unless given: None has its own meaning here.
+    left_out, kind = argparse.SUPPRESS, _seconds_or_none
     for name in _TIMEOUT_NAMES:
-        flag = "--" + name.replace("_", "-")
-        # Left out of the options unless given: None has its own meaning here.
-        add(
-            flag,
-            type=_seconds_or_none,
-            metavar="S",
-            default=argparse.SUPPRESS,
-            help=_TIMEOUT_HELP,
-        )
+        flag, text = "--" + name.replace("_", "-"), "seconds, or none"
+        add(flag, type=kind, metavar="S", default=left_out, help=text)
     add("--key-file", metavar="FILE", help="read the API key from this file")
     add("--journal", metavar="FILE", help="go on where an earlier run was cut off")
     add("--trace", metavar="FILE", help="write a redacted report of the stream there")
@@ -9482,9 +9438,14 @@ def _run(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as files:
         # Before the answer is paid for: a path that cannot be written ends it here.
         if options.trace:
-            observers.append(files.enter_context(_trace_file(options.trace)))
+            report = files.enter_context(open(options.trace, "w", encoding="utf-8"))
+            trace = StreamTrace()
+            # However the stream ends: it is closed first, since it is entered last.
+            files.callback(lambda: report.write(trace.report()))
+            observers.append(trace)
         if options.save_raw:
-            observers.append(files.enter_context(_raw_file(options.save_raw)))
+            raw = files.enter_context(open(options.save_raw, "wb"))
+            observers.append(_RawFile(raw))
         for observer in observers:
             stream.observe(observer)
         files.enter_context(stream)
@@ -9512,31 +9473,30 @@ def _open_stream(options: argparse.Namespace) -> ChatStream:
     if options.replay:
         with open(options.replay, "rb") as file:
             return ChatStream.replay(file.read(), dialect=options.dialect)
-    params = dict(options.param)
-    _check_params(params)
-    given = vars(options)
-    times = {n: given[n] for n in _TIMEOUT_NAMES if n in given}
+    import inspect
+
+    params, given = dict(options.param), vars(options)
+    # Parameters are the body's: a key, say, must not come in this way.
+    for name in set(params) & set(inspect.signature(stream_chat).parameters):
+        raise ValueError(f"--param {name}=... is not a parameter of the request body")
+    timeouts = Timeouts(**{n: given[n] for n in _TIMEOUT_NAMES if n in given})
     retry = Retry() if options.attempts is None else Retry(attempts=options.attempts)
+    key = None
+    if options.key_file:
+        with open(options.key_file, encoding="utf-8") as key_file:
+            key = key_file.read().strip()
     return stream_chat(
         _read_prompt(options.prompt),
         options.model,
         dialect=options.dialect,
         base_url=options.base_url,
-        api_key=_key(options.key_file),
-        timeouts=Timeouts(**times),
+        api_key=key,
+        timeouts=timeouts,
         retry=retry,
         resume=options.resume,
         journal=options.journal,
         **params,
     )
-
-
-def _check_params(params: dict[str, Any]) -> None:
-    """Parameters are the body's: a key, say, must not come in this way."""
-    import inspect
-
-    for name in set(params) & set(inspect.signature(stream_chat).parameters):
-        raise ValueError(f"--param {name}=... is not a parameter of the request body")
 
 
 def _read_prompt(argument: str | None) -> str:
@@ -9551,13 +9511,6 @@ def _read_prompt(argument: str | None) -> str:
     return text
 
 
-def _key(path: str | None) -> str | None:
-    if path is None:
-        return None
-    with open(path, encoding="utf-8") as file:
-        return file.read().strip()
-
-
 def _print_stream(
     stream: ChatStream, options: argparse.Namespace, out: _TextOut
 ) -> None:
@@ -9567,36 +9520,17 @@ def _print_stream(
             result = _as_json(stream.complete())
             result["headers"] = _shown_headers(result["headers"])
             out.write(jsonlib.dumps(result) + "\n")
-            return
-        for text in stream:
-            out.write(text)
+        else:
+            for text in stream:
+                out.write(text)
     except StreamingError as error:
         if options.json:
-            facts = {**_error_facts(error), "message": str(error)}
-            out.write(
-                jsonlib.dumps({"error": _as_json(facts), "text": error.text}) + "\n"
-            )
+            facts = _as_json({**_error_facts(error), "message": str(error)})
+            out.write(jsonlib.dumps({"error": facts, "text": error.text}) + "\n")
         raise
     finally:
         if out.terminal:
             out.end_line()
-
-
-@contextlib.contextmanager
-def _trace_file(path: str) -> Iterator[StreamTrace]:
-    """A trace whose report is in the file once the stream has ended, however it did."""
-    trace = StreamTrace()
-    with open(path, "w", encoding="utf-8") as file:
-        try:
-            yield trace
-        finally:
-            file.write(trace.report())
-
-
-@contextlib.contextmanager
-def _raw_file(path: str) -> Iterator[_RawFile]:
-    with open(path, "wb") as file:
-        yield _RawFile(file)
 
 
 class _RawFile(Observer):
@@ -9639,22 +9573,20 @@ class _Facts(Observer):
     def __init__(self, options: argparse.Namespace, out: _TextOut) -> None:
         super().__init__()
         self._out = out
-        self._all = options.verbose
-        shown = sys.stderr.isatty() and not options.quiet
-        self._some = shown or options.verbose
+        self._shown: tuple[str, ...] = ()
+        if options.verbose or (sys.stderr.isatty() and not options.quiet):
+            self._shown = ("retry", "restart", "complete")
+        if options.verbose:
+            self._shown += ("start", "request", "response")
 
     def _say(self, record: StreamRecord) -> None:
-        if self._some:
+        if record.what in self._shown:
             if self._out.terminal:
                 self._out.end_line()
             _complain(f"{record.seconds:.1f} s: {record.what}: {record.why}")
 
-    def _say_more(self, record: StreamRecord) -> None:
-        if self._all:
-            self._say(record)
-
     on_retry = on_restart = on_complete = _say
-    on_start = on_request = on_response = _say_more
+    on_start = on_request = on_response = _say
 
 
 def _complain(text: str) -> None:
@@ -9666,13 +9598,6 @@ def _complain(text: str) -> None:
         sys.stderr.flush()
     except OSError:  # the exit status still tells
         _discard(sys.stderr)
-
-
-def _exit_status(error: StreamingError) -> int:
-    for status, _, kind in _EXIT_STATUS:
-        if kind is not None and isinstance(error, kind):
-            return status
-    return 1
 
 
 if __name__ == "__main__":
