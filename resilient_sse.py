@@ -8783,11 +8783,11 @@ def _bars(waits: _LogHistogram) -> list[str]:
 # what was received: also after an interrupt, an error, or starting over.
 # Refuses to swallow anything: an error and an interrupt go on to the cell.
 
-_UPDATE_SECONDS = 0.05
-
 
 class _TextOut:
     """Standard output: UTF-8 whatever the locale, every piece flushed at once."""
+
+    interval = 0.0  # seconds that it likes to have between two pieces
 
     def __init__(self) -> None:
         self._text = sys.stdout
@@ -8814,18 +8814,22 @@ class _TextOut:
         if self.mid_line:
             self.write("\n")
 
+    def start_over(self) -> None:
+        self.end_line()
+        self.write("[again from the start]\n")
+
 
 class _MarkdownCell:
-    """One output of a notebook cell, replaced by each update."""
+    """The same for one output of a notebook cell, replaced by each update."""
 
-    interval = _UPDATE_SECONDS
+    interval = 0.05
 
     def __init__(self, module: Any) -> None:
         self._text = ""
         self._markdown = module.Markdown
         self._handle = module.display(self._markdown(""), display_id=True)
 
-    def add(self, text: str) -> None:
+    def write(self, text: str) -> None:
         self._text += text
         self._handle.update(self._markdown(self._text))
 
@@ -8833,40 +8837,24 @@ class _MarkdownCell:
         self._text = ""
 
 
-class _PrintedText:
-    """The same where no notebook is: what is new is printed at once."""
-
-    interval = 0.0
-
-    def __init__(self) -> None:
-        self._out = _TextOut()
-
-    def add(self, text: str) -> None:
-        self._out.write(text)
-
-    def start_over(self) -> None:
-        self._out.end_line()
-        self._out.write("[again from the start]\n")
-
-
-def _painter() -> _MarkdownCell | _PrintedText:
+def _painter() -> _MarkdownCell | _TextOut:
     """A notebook's cell where there is one; a terminal cannot replace Markdown."""
     import importlib
 
     try:
         module = importlib.import_module("IPython.display")
     except ImportError:
-        return _PrintedText()
+        return _TextOut()
     shell = getattr(sys.modules["IPython"], "get_ipython", lambda: module)()
     if shell is None or type(shell).__name__ == "TerminalInteractiveShell":
-        return _PrintedText()
+        return _TextOut()
     return _MarkdownCell(module)
 
 
 class _Live(Observer):
     """Paints the visible text as it comes, not more often than the painter likes."""
 
-    def __init__(self, painter: _MarkdownCell | _PrintedText, text: str) -> None:
+    def __init__(self, painter: _MarkdownCell | _TextOut, text: str) -> None:
         super().__init__()
         self._painter = painter
         self._new = [text] if text else []  # not painted yet; [""] empties the cell
@@ -8894,7 +8882,7 @@ class _Live(Observer):
 
     def _paint(self) -> None:
         new, self._new = self._new, []
-        self._painter.add("".join(new))
+        self._painter.write("".join(new))
 
     def _start_over(self, text: str) -> None:
         self._painter.start_over()
