@@ -7985,8 +7985,7 @@ class _StreamFigures:
         self.bytes = self.chunks = self.deltas = self.retries = 0
         self.first_byte: float | None = None
         self.first_token: float | None = None
-        self._delta_at = 0.0
-        self._delta_attempt = -1
+        self.delta_at: float | None = None  # the last one of the present request
 
     def chunk(self, record: StreamRecord) -> None:
         self.chunks += 1
@@ -7996,15 +7995,16 @@ class _StreamFigures:
 
     def delta(self, record: StreamRecord) -> float | None:
         """Count a delta; the wait since the one before, if one request brought both."""
-        _, _, seconds, attempt, _, _ = record  # at once: this is done for every delta
+        seconds = record.seconds
         self.deltas += 1
         if self.first_token is None:
             self.first_token = seconds
-        before, self._delta_at = self._delta_at, seconds
-        if attempt == self._delta_attempt:
-            return seconds - before
-        self._delta_attempt = attempt
-        return None
+        before, self.delta_at = self.delta_at, seconds
+        return None if before is None else seconds - before
+
+    def retry(self, record: StreamRecord) -> None:
+        self.retries += 1
+        self.delta_at = None  # the wait is no gap between deltas
 
     def row(self, now: float) -> dict[str, Any]:
         """Its line in the monitor's table."""
@@ -8099,7 +8099,7 @@ class StreamMonitor(Observer):
             stream = self._live.get(record.stream)
             if stream is None:
                 return
-            stream.retries += 1
+            stream.retry(record)
             self._counts["retries"] += 1
             self._blame(self._retried, record.data["error"])
         self._changed()
@@ -8456,7 +8456,7 @@ class _TraceLog(_StreamFigures):
     def request(self, record: StreamRecord) -> None:
         self.requests += 1
         self._request_at = self._read_at = record.seconds
-        self._has_body, self._at_line_start = False, True
+        self._has_body, self._at_line_start, self.delta_at = False, True, None
         data = record.data
         facts = {name: data.get(name) for name in ("method", "action", "body_bytes")}
         facts["url"] = _bare_url(str(data.get("url") or ""))
@@ -8538,7 +8538,7 @@ class _TraceLog(_StreamFigures):
         self._gap_was_noted = False
 
     def retry(self, record: StreamRecord) -> None:
-        self.retries += 1
+        super().retry(record)
         facts = self._error_facts(record.data["error"])
         wait, action = _rounded(record.data["wait"]), record.data["action"]
         self._note(record, "retry", record.why, wait=wait, action=action, **facts)
