@@ -2670,77 +2670,59 @@ def test_the_same_is_read_however_the_bytes_are_grouped(case, size):
     assert pieced.error is None
 
 
-# How a dialect says a text and a thought (each behind its start), and how it ends;
-# the others do as OpenAI does.
-VOICES = rows(r"""
-openai | stop
-  b''
-  {"content":"TEXT"}
-  b''
-  {"reasoning_content":"TEXT"} null {"obfuscation":"PAD"}
-  {} "END"
-openai-completions | stop
-  b''
-  data: {"choices":[{"text":"TEXT"}]}
-  b''
-  b''
-  data: {"choices":[{"text":"","finish_reason":"END"}]}
-openai-responses | completed
-  response.created {"response":{"id":"id1","model":"m1","status":"in_progress","output":[]}}
+# How each dialect says a text (behind what begins it), a thought, and its end; the
+# others do as OpenAI does.
+TEXTS = rows("""
+openai | {"content":"TEXT"}
+openai-completions | data: {"choices":[{"text":"TEXT"}]}
+openai-responses | response.created {"response":{"id":"id1","model":"m1","status":"in_progress","output":[]}}
   response.output_text.delta {"item_id":"i","output_index":0,"content_index":0,"delta":"TEXT"}
-  response.created {"response":{"id":"id1","model":"m1","status":"in_progress","output":[]}}
-  response.reasoning_text.delta {"item_id":"i","output_index":0,"content_index":0,"delta":"TEXT"}
-  response.END {"response":{"id":"id1","model":"m1","status":"END","error":null,"output":[{"type":"message","id":"m","role":"assistant","content":[{"type":"output_text","text":"WHOLE","annotations":[]}]}],"usage":{"input_tokens":3,"output_tokens":4}}}
-anthropic | end_turn
-  content_block_start {"index":0,"content_block":{"type":"text","text":""}}
+anthropic | content_block_start {"index":0,"content_block":{"type":"text","text":""}}
   content_block_delta {"index":0,"delta":{"type":"text_delta","text":"TEXT"}}
-  content_block_start {"index":0,"content_block":{"type":"thinking","thinking":"","signature":"s"}}
-  content_block_delta {"index":0,"delta":{"type":"thinking_delta","thinking":"TEXT"}}
-  message_delta {"delta":{"stop_reason":"END"},"usage":{}}
-  message_stop
-gemini | STOP
-  b''
-  [{"text":"TEXT"}]
-  b''
-  [{"text":"TEXT","thought":true}]
-  [] {"finishReason":"END"}
-cohere | COMPLETE
-  b''
-  content-delta {"index":0,"delta":{"message":{"content":{"text":"TEXT"}}}}
-  b''
-  content-delta {"index":0,"delta":{"message":{"content":{"thinking":"TEXT"}}}}
-  message-end {"delta":{"finish_reason":"END"}}
-ollama | stop
-  b''
-  {"message":{"content":"TEXT"},"response":"TEXT"}
-  b''
-  {"message":{"thinking":"TEXT"}}
-  {"done":true,"done_reason":"END"}
-tgi | length
-  b''
-  {"token":{"text":"TEXT"}}
-  b''
-  b''
-  {"token":{"text":""},"generated_text":"","details":{"finish_reason":"END"}}
+gemini | [{"text":"TEXT"}]
+cohere | content-delta {"index":0,"delta":{"message":{"content":{"text":"TEXT"}}}}
+ollama | {"message":{"content":"TEXT"}}
+ollama-generate | {"response":"TEXT"}
+tgi | {"token":{"text":"TEXT"}}
 """)
-VOICES["ollama-generate"] = VOICES["ollama"]
+THOUGHTS = rows("""
+openai | {"reasoning_content":"TEXT"} null {"obfuscation":"PAD"}
+openai-responses | response.created {"response":{"id":"id1","model":"m1","status":"in_progress","output":[]}}
+  response.reasoning_text.delta {"item_id":"i","output_index":0,"content_index":0,"delta":"TEXT"}
+anthropic | content_block_start {"index":0,"content_block":{"type":"thinking","thinking":"","signature":"s"}}
+  content_block_delta {"index":0,"delta":{"type":"thinking_delta","thinking":"TEXT"}}
+gemini | [{"text":"TEXT","thought":true}]
+cohere | content-delta {"index":0,"delta":{"message":{"content":{"thinking":"TEXT"}}}}
+ollama | {"message":{"thinking":"TEXT"}}
+""")
+ENDS = rows("""
+openai | {} "END" = "stop"
+openai-completions | data: {"choices":[{"text":"","finish_reason":"END"}]} = "stop"
+openai-responses | response.END {"response":{"id":"id1","model":"m1","status":"END","error":null,"output":[{"type":"message","id":"m","role":"assistant","content":[{"type":"output_text","text":"WHOLE","annotations":[]}]}],"usage":{"input_tokens":3,"output_tokens":4}}} = "completed"
+anthropic | message_delta {"delta":{"stop_reason":"END"},"usage":{}} = "end_turn"
+  message_stop
+gemini | [] {"finishReason":"END"} = "STOP"
+cohere | message-end {"delta":{"finish_reason":"END"}} = "COMPLETE"
+ollama | {"done":true,"done_reason":"END"} = "stop"
+ollama-generate | {"done":true,"done_reason":"END"} = "stop"
+tgi | {"token":{"text":""},"generated_text":"","details":{"finish_reason":"END"}} = "length"
+""")
 
 
 def voiced(dialect, texts, kind="text"):
-    """The events that say these texts, and the lines of the end as the last of them."""
-    voice = VOICES.get(dialect, VOICES["openai"])
-    start, said = voice.lines[:2] if kind == "text" else voice.lines[2:4]
+    """The events that say these texts, and the end of the answer as the last of them."""
+    said, end = {"text": TEXTS, "reasoning": THOUGHTS}[kind], ENDS
+    said, end = said.get(dialect, said["openai"]), end.get(dialect, end["openai"])
+    *start, line = [said.about, *said.lines]
+    lines = [line.replace("PAD", "x" * len(text)) for text in texts]
+    texts = [json.dumps(text)[1:-1] for text in texts]
+    lines = start + [line.replace("TEXT", text) for line, text in zip(lines, texts)]
+    count = len(lines)
     whole = "".join(texts) if kind == "text" else ""
-    lines = [start]
-    for text in texts:
-        line = said.replace("PAD", "x" * len(text))
-        lines.append(line.replace("TEXT", json.dumps(text)[1:-1]))
-    for line in voice.lines[4:]:
-        line = line.replace("END", voice.about)
-        lines.append(line.replace("WHOLE", json.dumps(whole)[1:-1]))
+    for line in (end.about, *end.lines):
+        lines.append(line.replace("END", end.facts[0]).replace("WHOLE", whole))
     events = events_of(dialect, lines)
-    count = len(texts) + 1
-    return [event for event in events[:count] if event] + [b"".join(events[count:])]
+    return events[:count] + [b"".join(events[count:])]
 
 
 def answer(dialect, text):
@@ -2753,10 +2735,11 @@ def cut_answer(dialect, text):
     return b"".join(voiced(dialect, [text])[:-1])
 
 
-def ending(dialect, raw):
+def ending(dialect, raw=None):
     """A body that is nothing but an end."""
-    lines = VOICES.get(dialect, VOICES["openai"]).lines[4:]
-    return wire(dialect, "\n".join(lines), END=raw, WHOLE="")
+    end = ENDS.get(dialect, ENDS["openai"])
+    lines = "\n".join([end.about, *end.lines])
+    return wire(dialect, lines, END=raw or end.facts[0], WHOLE="")
 
 
 WORDS = ["Hé", ' "q" ', "\\n", "", "\n\u2028", "\U0001f600", "{}", "data: x\n\n"] * 5
@@ -3101,7 +3084,7 @@ MARKED = set(rs.DIALECTS) - {"openai-responses", "ollama", "ollama-generate", "t
 )
 def test_an_error_behind_a_finish_reason_still_raises(name):
     error, dialect = ERRORS[name], ERRORS[name].about
-    finish = ending(dialect, VOICES.get(dialect, VOICES["openai"]).about)
+    finish = ending(dialect)
     if dialect == "anthropic":
         finish = finish[: finish.index(b"event: message_stop")]
     check_error(hear(finish + error_body(error), dialect), error)
@@ -3955,7 +3938,7 @@ def test_open_reasoning_or_an_open_call_is_not_continued_by_itself(left_open):
 
 # -- responses, whose events have numbers
 
-CREATED = event_of("openai-responses", VOICES["openai-responses"].lines[0])
+CREATED = event_of("openai-responses", TEXTS["openai-responses"].about)
 
 
 def said_item(text):
@@ -12101,7 +12084,7 @@ def test_a_script_that_is_killed_again_and_again_prints_the_whole_text(journal):
         assert sent["content"].encode().startswith(printed)
 
 
-@pytest.mark.parametrize("dialect", sorted(VOICES))
+@pytest.mark.parametrize("dialect", sorted(TEXTS))
 def test_a_finished_entry_gives_the_same_result_without_a_request(dialect, journal):
     options = {"headers": {"X-Secret-Key": "s"}, "journal": journal}
     with streams_wire(STREAMS_STORY, pieces=7) as wire:
