@@ -3278,14 +3278,14 @@ class CannedSession(requests.Session):
         return response
 
 
-AT_ONCE = {"retry": rs.Retry(wait_initial=0)}
-HOST = {"base_url": "https://host.test/v1", "api_key": "k", **AT_ONCE}
+AT_ONCE = rs.Retry(wait_initial=0)
+HOST = {"base_url": "https://host.test/v1", "api_key": "k", "retry": AT_ONCE}
 
 
 def sent_by(dialect, messages="Hi", model="m1", session=None, **more):
     """Stream from a session that ends at once; return the request that it got."""
     session = session or CannedSession(FIRST[dialect].body)
-    options = {"dialect": dialect, "session": session, **AT_ONCE, **more}
+    options = {"dialect": dialect, "session": session, "retry": AT_ONCE, **more}
     rs.stream_chat(messages, model, **options).complete()
     return session.sent[0]
 
@@ -4243,7 +4243,7 @@ def test_the_dialect_of_the_readme_asks_and_resumes(parrot, monkeypatch):
     monkeypatch.setenv("PARROT_API_KEY", "secret")
     second = sse({"say": "far."}, {"over": "enough"})
     session = CannedSession(sse({"say": LONG}), second)
-    options = {"dialect": parrot, "session": session, **AT_ONCE}
+    options = {"dialect": parrot, "session": session, "retry": AT_ONCE}
     stream = rs.stream_chat("Hello", "ara", pitch=2, **options)
     assert "".join(stream) == LONG + "far."
     one, two = session.sent
@@ -5350,7 +5350,6 @@ NET_PATIENT = rs.Timeouts(20, 20, 20, 20, 40)
 NET_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 NET_CHUNKED = NET_HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 NET_SOON = 5  # seconds; what is bounded by it would else take 20 or for ever
-AT_ONCE = rs.Retry(wait_initial=0)
 
 
 def streams_events(*texts, ends=True):
