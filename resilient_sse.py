@@ -909,13 +909,13 @@ _LIMITS = Limits()
 # section "Interpreting an event stream".  Two steps: _frame cuts off the complete
 # blocks (lines up to a blank line), _parse turns blocks into events.  Every byte is
 # looked at a bounded number of times, however the input is split.
+#
+# The intake (section 7) takes these steps one by one.  Its decoders share the framing
+# and may differ in four methods alone: _frame, _parse, _stray and _finish.
 
 _BOM = codecs.BOM_UTF8
 _FIELDS = ("", "data", "event", "id", "retry")
 _RETRY_LINE = re.compile(rb"^retry: ?([0-9]+)$", re.MULTILINE)
-_STRAY_LINES = 256
-_STRAY_BYTES = 65536  # of one of them; no error needs more
-
 
 #: What nearly every event looks like; other blocks are read line by line.
 #: (An empty alternative costs half of what a question mark does.  Without the caret,
@@ -930,8 +930,8 @@ def _new_events(
 ) -> list[ServerSentEvent]:
     """Make many events as fast as tuples can be made: no Python code for each."""
     rows = zip(names, _decoded_lines(data), ids)
-    made = map(tuple.__new__, itertools.repeat(ServerSentEvent), rows)
-    return cast("list[ServerSentEvent]", list(made))
+    made: Iterator[Any] = map(tuple.__new__, itertools.repeat(ServerSentEvent), rows)
+    return list(made)
 
 
 def _decoded_lines(lines: list[bytes]) -> list[str]:
@@ -959,6 +959,8 @@ class SSEDecoder:
     [ServerSentEvent(event='message', data='hello', id='')]
     """
 
+    _terminator = b"\n\n"  # of a block, once every line end is a line feed
+
     def __init__(self, *, last_event_id: str = "", limits: Limits = _LIMITS) -> None:
         #: The last event ID, as a reconnecting client must send it.
         self.last_event_id = last_event_id
@@ -966,16 +968,23 @@ class SSEDecoder:
         self.reconnection_time: float | None = None
         self._limits = limits
         sizes = [size for size in (limits.line, limits.event) if size is not None]
-        self._harmless = min(sizes, default=math.inf)  # so many bytes pass no limit
-        self._head = b""  # the first bytes, until they are known not to be a BOM
-        self._headless = True
+        # What is not longer than the smaller limit passes neither: it is not measured.
+        self._harmless = min(sizes, default=math.inf)
+        # The first bytes, while they may be half of a BOM; None once that is settled.
+        self._head: bytes | None = b""
+        # A CR ends its line at once, so that no event waits for one byte more; a line
+        # feed at the beginning of the next chunk is then no second line end.
         self._after_cr = False
-        # The unfinished block: bytes while every read ends one, else a bytearray.
-        self._pending: bytes | bytearray = b""
-        self._line = 0  # how many of its bytes belong to the unfinished line
-        self._noted = 0  # how many were searched for a reconnection time
-        self._excess = ""  # the limit that was passed
-        self._stray: list[str] = []  # lines of unknown fields: some servers err there
+        # The unfinished block.  As bytes it would be copied for each byte that comes.
+        self._pending = bytearray()
+        # So many of its bytes belong to the unfinished line.  If none do, a line feed
+        # is the blank line, although the one before it came in another chunk.
+        self._line = 0
+        # So many of its bytes were searched for a reconnection time: each line once.
+        self._noted = 0
+        # The limit that was passed, from then on.  Not raised at once, for the events
+        # before it, in the same chunk, are handed out first.
+        self._excess = ""
 
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
         """Decode the next bytes.
@@ -987,11 +996,15 @@ class SSEDecoder:
         if self._excess:
             self._check()
         region = self._frame(chunk)
-        events = self._parse(region) if region else []
+        events: list[ServerSentEvent] = []
         if region:
-            self._noted = 0
-        if len(self._pending) > self._line:  # lines of an event that goes on
-            self._note_lines()
+            events = self._parse(region)
+            self._noted = 0  # what is pending now is another block
+        # A reconnection time counts with its line, not with its event.
+        lines = len(self._pending) - self._line
+        if lines > self._noted:
+            self._note_retry(self._pending[self._noted : lines])
+            self._noted = lines
         if self._excess and not events:
             self._check()
         return events
@@ -1002,20 +1015,11 @@ class SSEDecoder:
         :returns: how many bytes were discarded; 0 for a clean end.
         :raises StreamLimitError: a limit was passed by the last chunk.
         """
-        self._check()
-        rest = self._head + bytes(self._pending)
-        for line in _decoded(rest[:_STRAY_BYTES]).split("\n"):
-            self._note_stray(line)
-        self._head = b""
-        self._pending = b""
-        self._line = 0
+        rest = self._finish()
+        if self._head:
+            self._head = b""
+        self._pending, self._line, self._noted = bytearray(), 0, 0
         return len(rest)
-
-    def _note_lines(self) -> None:
-        lines = len(self._pending) - self._line
-        if self._pending.find(b"retry", self._noted, lines) >= 0:
-            self._note_retry(bytes(self._pending[self._noted : lines]))
-        self._noted = lines
 
     def _check(self) -> None:
         if self._excess:
@@ -1028,14 +1032,36 @@ class SSEDecoder:
                 limit=self._excess,
             )
 
+    def _frame(self, chunk: bytes) -> bytes:
+        """Return all complete blocks; keep the rest."""
+        # 13 is a CR.  Bytes that are asked for bytes raise, and catch, an error first.
+        if self._head is not None or self._after_cr or 13 in chunk:
+            chunk = self._normalise(chunk)
+        end = self._terminator
+        if not self._pending and len(chunk) < self._harmless and chunk.endswith(end):
+            return chunk  # whole events, as a live stream brings them
+        cut = chunk.rfind(end)
+        if cut >= 0:
+            cut += len(end)
+        else:  # the blank line may have begun in the bytes kept, or be the first of all
+            cut = 1 if not self._line and chunk.startswith(b"\n") else 0
+        region = bytes(self._pending) + chunk[:cut] if cut else b""
+        if region:
+            self._pending, self._line = bytearray(), 0
+        if len(region) > self._harmless:
+            region = self._bounded(region)
+        if cut < len(chunk):
+            self._keep(chunk[cut:])
+        return region
+
     def _normalise(self, chunk: bytes) -> bytes:
         """Drop the BOM, and make every line end a line feed."""
-        if self._headless:
+        if self._head is not None:
             chunk = self._head + chunk
             if len(chunk) < len(_BOM) and _BOM.startswith(chunk):
                 self._head = chunk
                 return b""
-            self._headless, self._head = False, b""
+            self._head = None
             chunk = chunk[len(_BOM) if chunk.startswith(_BOM) else 0 :]
         if self._after_cr and chunk:
             self._after_cr = False
@@ -1045,53 +1071,30 @@ class SSEDecoder:
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         return chunk
 
-    def _frame(self, chunk: bytes) -> bytes:
-        """Return all complete blocks; keep the rest."""
-        if self._headless or self._after_cr or b"\r" in chunk:
-            chunk = self._normalise(chunk)
-        if not self._pending and chunk[-2:] == b"\n\n" and len(chunk) < self._harmless:
-            return chunk  # whole events, as a live stream brings them
-        cut = chunk.rfind(b"\n\n") + 2
-        if cut == 1:  # not found; but the blank line may begin in the bytes kept
-            cut = 1 if not self._line and chunk.startswith(b"\n") else 0
-        if not cut:
-            self._keep(chunk)
-            return b""
-        region, rest = bytes(self._pending) + chunk[:cut], chunk[cut:]
-        if len(region) + len(rest) <= self._harmless:
-            self._pending = rest
-            self._line = len(rest) - rest.rfind(b"\n") - 1
-            return region
-        self._pending, self._line = b"", 0
-        region = self._bounded(region)
-        self._keep(rest)
-        return region
-
     def _keep(self, chunk: bytes) -> None:
         """Keep bytes of an unfinished block; note a limit that they pass."""
         if self._excess:
-            return  # feed() is going to raise: nothing more need be kept
-        if not isinstance(self._pending, bytearray):
-            self._pending = bytearray(self._pending)
+            return  # an error is due: nothing more need be kept
         self._pending += chunk
+        lines = list(map(len, chunk.split(b"\n")))
+        lines[0] += self._line
+        self._line = lines[-1]
         if len(self._pending) > self._harmless:
-            lines = chunk.split(b"\n")
-            longest = max(self._line + len(lines[0]), max(map(len, lines)))
+            # The line feed at its end may be half of the terminator, which is no data.
             size = len(self._pending) - self._pending.endswith(b"\n")
-            self._excess = self._exceeded(longest, size)
-        end = chunk.rfind(b"\n") + 1
-        self._line = len(chunk) - end + (0 if end else self._line)
+            self._excess = self._exceeded(max(lines), size)
 
     def _bounded(self, region: bytes) -> bytes:
         """Cut the region off before the first block that is too large."""
         start = 0
-        for block in region.split(b"\n\n"):
+        for block in region.split(self._terminator):
             longest = max(map(len, block.split(b"\n")))
+            # An odd blank line stands before its block, and does not belong to it.
             size = len(block) - block.startswith(b"\n")
             self._excess = self._exceeded(longest, size)
             if self._excess:
                 return region[:start]
-            start += len(block) + 2
+            start += len(block) + len(self._terminator)
         return region
 
     def _exceeded(self, line: int, event: int) -> str:
@@ -1104,73 +1107,68 @@ class SSEDecoder:
 
     def _parse(self, region: bytes) -> list[ServerSentEvent]:
         """Turn complete blocks into events."""
+        same = itertools.repeat
         if region.startswith(b"data: "):
             data = region[6:-2].split(b"\n\ndata: ")
             if b"\n" not in b"".join(data):
-                same = itertools.repeat
                 return _new_events(same("message"), data, same(self.last_event_id))
         # What split() leaves between the matches is nothing if they fill the region.
-        parts = _USUAL_EVENTS.split(region)
-        if not any(parts[::4]):
-            return self._usual_events(parts[1::4], parts[2::4], parts[3::4])
-        events = map(self._dispatch, _decoded(region).split("\n\n"))
-        return [event for event in events if event is not None]
+        parts: list[Any] = _USUAL_EVENTS.split(region)
+        if any(parts[::4]):
+            blocks = _decoded(region).split("\n\n")
+            return [event for block in blocks for event in self._dispatch(block)]
+        ids, names, data = parts[1::4], parts[2::4], parts[3::4]
+        known = {name: _decoded(name or b"message") for name in set(names)}
+        all_ids: Iterable[str] = same(self.last_event_id)
+        if any(ids):
+            all_ids = texts = _decoded_lines([id or b"" for id in ids])
+            if None in ids:  # the last event ID stays where none is given
+                last = self.last_event_id
+                for place, text in enumerate(texts):
+                    last = texts[place] = text or last
+            self.last_event_id = texts[-1]
+        return _new_events(map(known.__getitem__, names), data, all_ids)
 
-    def _usual_events(
-        self, ids: list[Any], names: list[Any], data: list[bytes]
-    ) -> list[ServerSentEvent]:
-        """Make events of the fields that they have; None stands for no such field."""
-        all_names: Iterable[str] = itertools.repeat("message")
-        if any(names):
-            known = {name: _decoded(name or b"message") for name in set(names)}
-            all_names = map(known.__getitem__, names)
-        return _new_events(all_names, data, self._all_ids(ids))
-
-    def _all_ids(self, ids: list[Any]) -> Iterable[str]:
-        """The last event ID at each event; it stays where none is given."""
-        if not any(ids):
-            return itertools.repeat(self.last_event_id)
-        if None in ids:
-            return [self._take_id(id) for id in ids]
-        decoded = _decoded_lines(ids)
-        self.last_event_id = decoded[-1]
-        return decoded
-
-    def _take_id(self, id: bytes | None) -> str:
-        if id is not None:
-            self.last_event_id = _decoded(id)
-        return self.last_event_id
-
-    def _dispatch(self, block: str) -> ServerSentEvent | None:
+    def _dispatch(self, block: str) -> list[ServerSentEvent]:
         """Interpret the lines of one block."""
-        event, data = "", []
+        event, data, stray = "", [], []
         for line in block.split("\n"):
             name, _, value = line.partition(":")
             value = value[value.startswith(" ") :]
             if name == "data":
                 data.append(value)
-            if name == "event":
+            elif name == "event":
                 event = value
-            if name == "id" and "\0" not in value:
+            elif name == "id" and "\0" not in value:
                 self.last_event_id = value
-            if name == "retry":
+            elif name == "retry":
                 self._note_retry(line.encode())
-            if name not in _FIELDS:
-                self._note_stray(line)
-        if not data:
-            return None
-        text = data[0] if len(data) == 1 else "\n".join(data)
-        return ServerSentEvent(event or "message", text, self.last_event_id)
+            elif name not in _FIELDS:
+                stray.append(line)
+        events = self._stray(stray) if stray else []
+        if data:
+            text = data[0] if len(data) == 1 else "\n".join(data)
+            made = ServerSentEvent(event or "message", text, self.last_event_id)
+            events.insert(0, made)
+        return events
 
-    def _note_retry(self, lines: bytes) -> None:
-        """A reconnection time counts with its line, not with its event."""
-        for value in _RETRY_LINE.findall(lines):
-            self.reconnection_time = float(value) / 1000
+    def _stray(self, lines: list[str]) -> list[ServerSentEvent]:
+        """What lines of unknown fields bring: nothing, as the standard says."""
+        return []
 
-    def _note_stray(self, line: str) -> None:
-        if line.partition(":")[0] in _FIELDS or len(self._stray) >= _STRAY_LINES:
-            return
-        self._stray.append(line[:_STRAY_BYTES])
+    def _note_retry(self, lines: bytes | bytearray) -> None:
+        # Looked for first: the pattern tries each byte, and hardly ever finds a thing.
+        if b"retry" in lines:
+            for value in _RETRY_LINE.findall(lines):
+                self.reconnection_time = float(value) / 1000
+
+    def _finish(self) -> bytes:
+        """The unfinished block.
+
+        :raises StreamLimitError: a limit was passed by the last chunk.
+        """
+        self._check()
+        return (self._head or b"") + bytes(self._pending)
 
 
 # ---------------------------------------------------------------------------
@@ -3860,98 +3858,46 @@ DIALECTS: dict[str, Dialect] = {
 # ---------------------------------------------------------------------------
 # What a body is shows in its first byte, whatever its Content-Type says: an event
 # stream, JSON lines, one JSON text from a server that did not stream, or HTML from a
-# proxy.  The central path is short: bytes, a region of complete events, pieces.
-# Where the events of a region differ in their text alone, they are not parsed one by
-# one: see _Shape, which gives the same pieces or none.
+# proxy.  The central path is short: bytes, a region of complete blocks, pieces.
+# Where events differ in their text alone, they are not parsed one by one: see _Shape,
+# which gives the same pieces or none.
 
 
-class _LineDecoder:
-    """JSON lines, with the interface of :class:`_EventDecoder`."""
+class _EventDecoder(SSEDecoder):
+    """An event stream, with what some servers say outside of data (see README)."""
 
-    terminator = b"\n"
+    def _stray(self, lines: list[str]) -> list[ServerSentEvent]:
+        # An event without a type: the standard gives one to each of its own.
+        return [ServerSentEvent("", "\n".join(lines), "")]
 
-    def __init__(self, limits: Limits) -> None:
-        self._limit = math.inf if limits.line is None else limits.line
-        self._excess = ""  # the limit that was passed
-        self._pending = bytearray()
-        self._stray: list[str] = []
 
-    def _frame(self, chunk: bytes) -> bytes:
-        cut = chunk.rfind(b"\n") + 1
-        region = b""
-        if cut:
-            region = self._bounded(bytes(self._pending) + chunk[:cut])
-            self._pending.clear()
-        self._keep(chunk[cut:])
-        return region
+class _LineDecoder(SSEDecoder):
+    """JSON lines: each is a block of its own."""
 
-    def _keep(self, rest: bytes) -> None:
-        self._pending += rest
-        if len(self._pending) > self._limit:
-            self._excess = "line"
-
-    def _bounded(self, region: bytes) -> bytes:
-        """Cut the region off before the first line that is too large."""
-        if len(region) > self._limit:
-            start = 0
-            for line in region.split(b"\n"):
-                if len(line) > self._limit:
-                    self._excess = "line"
-                    return region[:start]
-                start += len(line) + 1
-        return region
-
-    def _check(self) -> None:
-        if self._excess:
-            message = f"the stream has a line of more than {self._limit} bytes"
-            raise StreamLimitError(message, limit="line")
+    _terminator = b"\n"
 
     def _parse(self, region: bytes) -> list[ServerSentEvent]:
         lines = [line for line in region.split(b"\n") if line.strip()]
         return _new_events(itertools.repeat("message"), lines, itertools.repeat(""))
 
-    def _finish(self) -> list[ServerSentEvent]:
-        """A JSON text needs no line feed to be whole."""
-        return self._parse(bytes(self._pending))
 
-
-class _WholeDecoder(_LineDecoder):
+class _WholeDecoder(SSEDecoder):
     """One JSON text; it is read at its end."""
 
     def _frame(self, chunk: bytes) -> bytes:
         self._keep(chunk)
         return b""
 
-    def _finish(self) -> list[ServerSentEvent]:
-        return [ServerSentEvent("message", _decoded(bytes(self._pending)), "")]
 
+#: A JSON string and, if it is a key, the string or the whole number behind it.  One
+#: match takes up where the other ends, so that none begins inside of a string.
+_STRING = r'"([^"\\]*(?:\\.[^"\\]*)*)"'
+_MEMBER = re.compile(rf"{_STRING}(?:\s*:\s*(?:{_STRING}|(0|[1-9][0-9]*)(?![0-9.eE]))|)")
+#: An event whose data is one line, with or without a type; or a JSON line.
+_ONE_LINE = re.compile(r"(?:event: ?([^\n]*)\n)?(?:data: ?)?([^\n]*)\n\n?\Z")
 
-class _EventDecoder(SSEDecoder):
-    """The event stream decoder, as the intake uses it."""
-
-    terminator = b"\n\n"
-
-    def _finish(self) -> list[ServerSentEvent]:
-        """The event that the end cuts off, as far as it came; close() discards it."""
-        self._check()
-        event = self._dispatch(_decoded(self._head + bytes(self._pending)))
-        return [] if event is None else [event]
-
-    @property
-    def _breaks_off(self) -> bool:
-        """Whether the body ends inside of an event; comments belong to none."""
-        lines = _decoded(self._head + bytes(self._pending)).split("\n")
-        return any(line.partition(":")[0] not in ("", "id", "retry") for line in lines)
-
-
-if TYPE_CHECKING:
-    _Decoder = _EventDecoder | _LineDecoder
-
-_JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
-_JSON_NUMBER = re.compile(r"\s*:\s*(0|[1-9][0-9]*)(?![0-9.eE])")
-
-
-#: What may stand in a hole, by its kind.
+#: What may stand in a hole, by its kind.  (Never a line feed: a match that runs on into
+#: the next block would swallow it.)
 _HOLES = {
     "text": rb'([^"\\\n]*(?:\\.[^"\\\n]*)*)',
     "idle": rb'[^"\\\n]*',
@@ -3959,10 +3905,12 @@ _HOLES = {
     "cursor": rb"(0|[1-9][0-9]{0,17})",
     "spaces": rb" *",
 }
+_MOST_HOLES = 16  # and strings tried for the text: each is read as often as the event
+_LESSON = 8192  # bytes of an event to learn from
 
 
 class _Shape:
-    """Events that differ in their text alone, read many at a time.
+    """What stays the same in events that differ in their text alone.
 
     A shape is learned from one event: the characters that stay (literals) and the
     holes between them.  One hole is the JSON string whose value :meth:`Dialect.read`
@@ -3971,128 +3919,72 @@ class _Shape:
     at the end.  What consists of literals and valid holes would be parsed to the same
     thing with another text.
 
-    :param kind: what the text is: ``text`` or ``reasoning``.
-    :param part: the part of the answer that it belongs to; None if there are none.
-    :param literals: one more than there are holes.
+    :param block: the event, with its terminator.
+    :raises ValueError: it does more than bring one text, and so it teaches nothing.
     """
 
-    def __init__(
-        self, kind: str, part: Any, literals: list[bytes], holes: list[str]
-    ) -> None:
-        self.kind = kind
-        self.part = part
-        literals = [re.escape(literal) for literal in literals]
-        inner = (_HOLES[hole] + literal for hole, literal in zip(holes, literals[1:]))
-        self._pattern = re.compile(literals[0] + b"".join(inner))
-        groups = [hole for hole in holes if hole in ("text", "cursor")]
-        self._step = len(groups) + 1
-        self._text = groups.index("text") + 1
-        self._cursor = groups.index("cursor") + 1 if "cursor" in groups else None
+    def __init__(self, dialect: Dialect, block: bytes) -> None:
+        self._block = block.decode("utf-8", "replace")
+        found = _ONE_LINE.match(self._block)
+        if found is None or len(block) > _LESSON:
+            raise ValueError("its data is not one short line")
+        self._dialect = dialect
+        self._event, self._start = found[1] or "message", found.start(2)
+        answer = self._read(self._block)
+        piece = self._piece(answer)
+        if answer is None or piece is None:
+            raise ValueError("it does not bring one text alone")
+        #: ``text`` or ``reasoning``, and the part of the answer that it belongs to.
+        self.kind = piece.kind if isinstance(piece, Delta) else "text"
+        self.part = answer.part(self.kind)
+        holes = list(self._holes(str(piece)))
+        edges = [edge for start, end, _ in holes for edge in (start, end)]
+        bounds = [0, *edges, len(self._block)]
+        literals = [self._block[a:b] for a, b in zip(bounds[::2], bounds[1::2])]
+        kinds = [kind for *_, kind in holes]
+        # Between two holes that touch, nothing would tell where the one ends.
+        if kinds.count("text") != 1 or len(kinds) > _MOST_HOLES or not all(literals):
+            raise ValueError("there is not one place where any text may stand")
+        fixed = [re.escape(literal.encode()) for literal in literals]
+        inner = [_HOLES[kind] + literal for kind, literal in zip(kinds, fixed[1:])]
+        self._pattern = re.compile(fixed[0] + b"".join(inner))
+        #: For one event, as a live stream brings them: its match, or None.
+        self.match = self._pattern.fullmatch
+        groups = [kind for kind in kinds if kind in ("text", "cursor")]
+        #: The groups of a match that are the text, and the number; 0 for no number.
+        self.text = groups.index("text") + 1
+        self.cursor = groups.index("cursor") + 1 if "cursor" in groups else 0
 
-    def split(self, region: bytes) -> tuple[list[bytes], list[str], list[bytes]]:
+    def split(self, region: bytes) -> tuple[list[bytes], list[str], list[int]]:
         """Split a region at the events of this shape.
 
         :returns: the gaps before, between and behind them; their texts; their
             numbers, if they have any.
         :raises ValueError: a text needs more than to be unquoted.
         """
-        parts = self._pattern.split(region)
-        step = self._step
-        numbers = [] if self._cursor is None else parts[self._cursor :: step]
-        return parts[::step], _unquoted(parts[self._text :: step]), numbers
+        parts, step = self._pattern.split(region), self._pattern.groups + 1
+        bodies = parts[self.text :: step]
+        texts = list(map(bytes.decode, bodies))
+        if b"\\" in b"".join(bodies):
+            texts = [_unescaped(text) if "\\" in text else text for text in texts]
+        numbers = parts[self.cursor :: step] if self.cursor else []
+        return parts[::step], texts, list(map(int, numbers))
 
-    def read(self, region: bytes) -> tuple[list[str], list[bytes]] | None:
-        """The same for a region that is one event, as a live stream brings them.
-
-        :returns: its text and number; None if it is something else.
-        :raises ValueError: the text needs more than to be unquoted.
-        """
-        found = self._pattern.fullmatch(region)
-        if found is None:
-            return None
-        text = found[self._text].decode()
-        texts = [_unescaped(text) if "\\" in text else text]
-        return texts, [] if self._cursor is None else [found[self._cursor]]
-
-
-def _unquoted(bodies: list[bytes]) -> list[str]:
-    """The values of JSON strings that are given without their quotes."""
-    texts = list(map(bytes.decode, bodies))
-    if b"\\" not in b"".join(bodies):
-        return texts
-    return [_unescaped(text) if "\\" in text else text for text in texts]
-
-
-def _unescaped(body: str) -> str:
-    """The value of a JSON string with escapes.
-
-    :raises ValueError: it is not one string, or needs mending.
-    """
-    text = parse_json(f'"{body}"')
-    if not isinstance(text, str) or _SURROGATE.search(text):
-        raise ValueError("not a plain JSON string")
-    return text
-
-
-def _literals(block: str, start: int, holes: list[tuple[int, int, str]]) -> list[bytes]:
-    """What stands around the holes; their offsets count from ``start``."""
-    edges = [start + edge for left, right, _ in holes for edge in (left, right)]
-    bounds = [0, *edges, len(block)]
-    return [block[a:b].encode() for a, b in zip(bounds[::2], bounds[1::2])]
-
-
-_KEY = re.compile(r'"([^"\\]*)"\s*:\s*$')
-_BEFORE_DATA = re.compile(r"(event:[^\n]*\n)?(data: ?)?\Z")
-_LESSON = 8192  # bytes of an event to learn from
-_MOST_HOLES = 16  # and strings in it to look into: each takes as long as the event
-
-
-def _key_before(data: str, start: int) -> str | None:
-    """The key whose value begins at start; None if none does."""
-    found = _KEY.search(data, max(0, start - 80), start)
-    return found.group(1) if found else None
-
-
-class _Lesson(NamedTuple):
-    """One event, taken as an example of a shape."""
-
-    dialect: Dialect
-    block: bytes
-    event: ServerSentEvent
-
-    def shape(self) -> _Shape | None:
-        """Learn the shape of the event; None if it does more than bring one text."""
-        block, data = self.block.decode("utf-8", "replace"), self.event.data
-        start = len(block.rstrip("\n")) - len(data)
-        if start < 0 or not _BEFORE_DATA.match(block[:start]):
-            return None
-        answer = self._read(data) if block.startswith(data, start) else None
-        piece = self._piece(answer)
-        if answer is None or piece is None:
-            return None
-        holes = self._holes(str(piece))
-        kinds = [kind for *_, kind in holes]
-        literals = _literals(block, start, holes)
-        if kinds.count("text") != 1 or len(kinds) > _MOST_HOLES or not all(literals):
-            return None
-        kind = piece.kind if isinstance(piece, Delta) else "text"
-        return _Shape(kind, answer.part(kind), literals, kinds)
-
-    def _read(self, data: str) -> Answer | None:
-        """What the event says to an answer; None if it is more than pieces.
+    def _read(self, block: str) -> Answer | None:
+        """What an event says to an answer; None if it is more than pieces.
 
         It is read twice, for what it says the second time depends on the first: such
         an event (a part given once more as a whole, say) teaches nothing.
         """
-        answer = Answer()
-        chunk = parse_json(data)
+        answer, dialect = Answer(), self._dialect
+        chunk = parse_json(block[self._start :])
         if not isinstance(chunk, dict) or chunk.get("error"):
             return None
-        number = _count(chunk.get(self.dialect.cursor_key))
+        number = _count(chunk.get(dialect.cursor_key))
         answer.cursor = before = None if number is None else number - 1
-        self.dialect.read(chunk, answer, self.event.event)
+        dialect.read(chunk, answer, self._event)
         pieces, answer.cursor = list(answer.out), before
-        self.dialect.read(chunk, answer, self.event.event)
+        dialect.read(chunk, answer, self._event)
         if answer.out != pieces * 2:
             return None
         effects = (answer.error, answer.ended, answer.finishes, answer.usage)
@@ -4103,72 +3995,78 @@ class _Lesson(NamedTuple):
         return answer
 
     def _piece(self, answer: Answer | None) -> Piece | None:
-        """The piece that the event brings, if it is one that may be text."""
-        if answer is None or len(answer.out) != 2:
+        """The piece that an event brings, if it is one that may be text."""
+        if answer is None or len(answer.out) != 2:  # one, read twice
             return None
         piece = answer.out[0]
         other = isinstance(piece, Delta) and (piece.index or piece.kind != "reasoning")
         return None if other else piece
 
-    def _holes(self, text: str) -> list[tuple[int, int, str]]:
-        """Where the event varies: ``(start, end, kind)`` in its data, in order."""
-        data = self.event.data
-        tokens = list(_JSON_STRING.finditer(data))
-        idle = [self._idle_hole(token) for token in tokens]
-        others = [token for token, hole in zip(tokens, idle) if hole is None]
-        holes = [hole for hole in idle if hole is not None]
-        holes += self._text_holes(others, text)
-        if self.dialect.pads:
-            end = len(data.rstrip()[:-1])
-            holes.append((len(data[:end].rstrip()), end, "spaces"))
-        return sorted(holes)
+    def _holes(self, text: str) -> Iterator[tuple[int, int, str]]:
+        """Where the event varies, in order: ``(start, end, kind)``."""
+        dialect, tried = self._dialect, 0
+        for member in _MEMBER.finditer(self._block, self._start):
+            key, value, number = member.groups()
+            if number is not None and key == (dialect.cursor_key or None):
+                yield (*member.span(3), "cursor")
+            elif number is not None and key in dialect.idle_keys:
+                yield (*member.span(3), "number")
+            elif value is not None and self._is_idle(member):
+                yield (*member.span(2), "idle")
+            elif value is not None and parse_json(f'"{value}"') == text:
+                tried += 1
+                if tried > _MOST_HOLES:
+                    raise ValueError("too many strings may be the text")
+                if self._brings(member, text):
+                    yield (*member.span(2), "text")
+        if dialect.pads:
+            end = len(self._block.rstrip()) - 1
+            yield (len(self._block[:end].rstrip()), end, "spaces")
 
-    def _idle_hole(self, token: Any) -> tuple[int, int, str] | None:
-        """The string, or the number that it names, if the dialect does not read it."""
-        data, dialect = self.event.data, self.dialect
-        key, name = _key_before(data, token.start()), token.group()[1:-1]
-        if key in dialect.idle_keys and (name or self._stays_idle(token)):
-            return token.start() + 1, token.end() - 1, "idle"
-        number = _JSON_NUMBER.match(data, token.end())
-        if key is not None or number is None:
-            return None
-        if name == dialect.cursor_key:
-            return (*number.span(1), "cursor")
-        return (*number.span(1), "number") if name in dialect.idle_keys else None
+    def _with(self, member: re.Match[str], value: str) -> Answer | None:
+        """What the event says with another string as the value of a member."""
+        start, end = member.span(2)
+        quoted = jsonlib.dumps(value)[1:-1]
+        return self._read(self._block[:start] + quoted + self._block[end:])
 
-    def _stays_idle(self, token: Any) -> bool:
-        """Whether an empty value would not be noted either, as an ID is, if it came."""
-        data = self.event.data
-        answer = self._read(f'{data[: token.start()]}"?"{data[token.end() :]}')
-        return answer is not None and "?" not in (answer.id, answer.model)
+    def _is_idle(self, member: re.Match[str]) -> bool:
+        """Whether the dialect does not read a member, whatever its value."""
+        if member[1] not in self._dialect.idle_keys:
+            return False
+        # Where it is empty, another value might be the first one, which is noted.
+        answer = None if member[2] else self._with(member, "?")
+        return bool(member[2]) or (
+            answer is not None and "?" not in (answer.id, answer.model)
+        )
 
-    def _text_holes(self, tokens: list[Any], text: str) -> list[tuple[int, int, str]]:
-        """The values in whose place any other string would be the text."""
-        data = self.event.data
-        values = [t for t in tokens if _key_before(data, t.start()) is not None]
-        same = [token for token in values if parse_json(token.group()) == text]
-        if len(same) > _MOST_HOLES:
-            return []
-        found = [token for token in same if self._brings(token, text)]
-        return [(token.start() + 1, token.end() - 1, "text") for token in found]
-
-    def _brings(self, token: Any, text: str) -> bool:
-        """Whether any string in place of this one would be the text instead."""
-        data, other = self.event.data, text + "?"
-        before, after = data[: token.start()], data[token.end() :]
-        without = self._read(f'{before}""{after}')
+    def _brings(self, member: re.Match[str], text: str) -> bool:
+        """Whether any string as the value of a member would be the text."""
+        without = self._with(member, "")
         if without is None or without.out:
             return False  # without it, another one is
-        piece = self._piece(self._read(before + jsonlib.dumps(other) + after))
-        return str(piece) == other
+        return str(self._piece(self._with(member, text + "?"))) == text + "?"
 
 
-def _is_ours(kind: type) -> bool:
-    """Whether its ``read`` is this module's, which hands on any words as they are."""
-    return all(
-        base.__module__ == __name__ or not any("read" in name for name in vars(base))
-        for base in kind.__mro__
-    )
+def _unescaped(body: str) -> str:
+    """The value of a JSON string with escapes, given without its quotes.
+
+    :raises ValueError: it is not one string, or needs mending.
+    """
+    text = parse_json(f'"{body}"')
+    if not isinstance(text, str) or _SURROGATE.search(text):
+        raise ValueError("not a plain JSON string")
+    return text
+
+
+def _hands_on_any_words(kind: type) -> bool:
+    """Whether a dialect hands on all words as they are, as this module's do.
+
+    A class from elsewhere may say other things of requests.  If it defines ``read``,
+    or a private method that ``read`` may call, it may look at the words.
+    """
+    elsewhere = [base for base in kind.__mro__ if base.__module__ != __name__]
+    names = [name for base in elsewhere for name in vars(base)]
+    return not any(name == "read" or re.match("_[^_]", name) for name in names)
 
 
 _HEAD = 4096  # bytes in which a body shows what it is
@@ -4177,10 +4075,11 @@ _UNDECIDED = re.compile(rb"(?:\{[ \t]*\r?)?\Z")
 #: How no JSON line begins: an array, JSON of many lines, a field or a comment.
 _NO_JSON_LINE = re.compile(rb"\[|\{[ \t]*\r?\n|[deir:]")
 
-_PATIENCE = 8  # events looked at in vain before it gives up
-_PORTION = 2048  # bytes of a few events
-_LARGE = 262144  # patterns remember too much of a larger region
+#: Fields that are no part of an event: a comment, or a blank line, is one without a name.
+_IDLE_FIELDS = frozenset([b"", b"id", b"retry"])
 
+_PATIENCE = 8  # events looked at in vain before it gives up
+_LARGE = 262144  # patterns remember too much of a larger region
 
 #: What a dialect may run into when JSON has an odd shape.
 _ODDITIES = (
@@ -4191,130 +4090,6 @@ _ODDITIES = (
     ValueError,
     RecursionError,
 )
-
-
-class _Reader:
-    """Reads events into an answer, and decides what becomes of malformed ones."""
-
-    def __init__(
-        self,
-        dialect: Dialect,
-        answer: Answer,
-        limits: Limits,
-        on_event: Callable[[ServerSentEvent], None] | None,
-    ) -> None:
-        self.events = 0
-        self._dialect = dialect
-        self._answer = answer
-        self._limits = limits
-        self._on_event = on_event
-
-    def read(self, event: ServerSentEvent) -> None:
-        """Read one event."""
-        self.events += 1
-        if self._on_event:
-            self._on_event(event)
-        data = event.data.strip()
-        if data and data == self._dialect.end_marker:
-            self._answer.end()
-            return
-        if data == "[DONE]":
-            return  # gateways append it where it proves nothing
-        try:
-            chunk = parse_json(event.data)
-        except ValueError:
-            self._read_malformed(event)
-            return
-        if event.event == "error":
-            self._answer.fail(self._dialect.error(chunk))
-        elif isinstance(chunk, dict):
-            self._read_chunk(chunk, self._dialect.read, event.event)
-        else:
-            self._count_malformed("JSON that is not an object")
-
-    def _read_chunk(
-        self, chunk: dict[str, Any], read: Callable[..., None], *event: str
-    ) -> None:
-        answer = self._answer
-        before = answer.malformed
-        if chunk.get("error"):
-            answer.fail(self._dialect.error(chunk))
-        try:
-            read(chunk, answer, *event)
-        except _ODDITIES as error:
-            answer.malformed += 1
-            logger.debug("the dialect cannot read a chunk: %s", type(error).__name__)
-        if answer.malformed > before:
-            answer.malformed = before  # however much of it is odd
-            self._count_malformed("JSON of an unexpected shape")
-
-    def _read_malformed(self, event: ServerSentEvent) -> None:
-        """Data that is not JSON: may it have carried text?"""
-        data = event.data.strip()
-        if event.event == "error":
-            self._answer.fail(self._dialect.error(data))
-        elif self._is_vital(data):
-            self._answer.fail(
-                MalformedStreamError(
-                    f"an event of {len(data)} characters that may have carried text "
-                    "is not valid JSON",
-                    retryable=True,
-                )
-            )
-        elif data:
-            self._count_malformed("data that is not JSON")
-
-    def _is_vital(self, data: str) -> bool:
-        broke_off = data[:1] in ("{", "[") and data[-1:] not in ("}", "]")
-        keys = (f'"{key}"' for key in self._dialect.vital_keys)
-        return broke_off or any(key in data for key in keys)
-
-    def _count_malformed(self, what: str) -> None:
-        answer, most = self._answer, self._limits.malformed
-        answer.malformed += 1
-        logger.info("ignored %s", what)
-        if most is not None and answer.malformed > most:
-            answer.fail(
-                MalformedStreamError(
-                    f"more than {most} pieces of malformed data, the last one {what}; "
-                    "Limits(malformed=...) allows more"
-                )
-            )
-
-    def read_stray(self, decoder: _Decoder) -> None:
-        """Errors outside of data: two kinds of servers send them (see README)."""
-        text = "\n".join(decoder._stray)
-        decoder._stray.clear()
-        field, _, value = text.partition(":")
-        try:
-            document = parse_json(value if field == "error" else text)
-        except ValueError:
-            return
-        if field == "error" and not _dict(document).get("error"):
-            document = {"error": document}
-        if _first_object(document).get("error"):
-            self._answer.fail(self._dialect.error(document))
-
-    def read_whole(self, text: str) -> None:
-        """A server that ignored ``stream``, or an error with status 200."""
-        answer = self._answer
-        try:
-            document = parse_json(text.lstrip("\ufeff"))
-        except ValueError:
-            raise MalformedStreamError(
-                "the server sent JSON that broke off, not a stream", retryable=True
-            ) from None
-        for part in document if isinstance(document, list) else [document]:
-            self._read_chunk(_dict(part), self._dialect.read_whole)
-            if answer.ended or answer.error is not None:
-                break
-        has_answer = answer.out or answer.finishes or answer.calls_begun
-        if not has_answer and answer.error is None:
-            keys = ", ".join(sorted(map(str, _dict(document)))[:8]) or "no keys"
-            message = f"the server sent JSON that is not an answer; it has {keys}"
-            raise MalformedStreamError(_clipped(message, 300))
-        if isinstance(document, dict):
-            answer.end()
 
 
 class _Intake:
@@ -4333,30 +4108,29 @@ class _Intake:
         limits: Limits,
         on_event: Callable[[ServerSentEvent], None] | None = None,
     ) -> None:
-        self._reader = _Reader(dialect, answer, limits, on_event)
+        self.events = 0  # so many were read
         self._dialect = dialect
         self._answer = answer
         self._limits = limits
-        self._decoder: _Decoder | None = None
-        self._first = b""
+        self._on_event = on_event
+        # The first bytes, until they show what decoder is to have them; then None.
+        self._first: bytes | None = b""
+        self._decoder: SSEDecoder = _EventDecoder(limits=limits)
+        # The shape of the last event that taught one, and how many more may try.
         self._shape: _Shape | None = None
-        learns = on_event is None and _is_ours(type(dialect))
+        learns = on_event is None and _hands_on_any_words(type(dialect))
         self._patience = _PATIENCE if learns else 0
-
-    @property
-    def events(self) -> int:
-        """How many events were read."""
-        return self._reader.events
 
     def feed(self, chunk: bytes) -> list[Piece]:
         """Take the next bytes; return what they bring."""
         try:
-            if self._decoder is None:
+            if self._first is not None:
                 chunk = self._choose_decoder(chunk)
-            if self._decoder is not None:
-                self._take(self._decoder._frame(chunk))
-                if self._decoder._excess:
-                    self._decoder._check()
+            region = self._decoder._frame(chunk)
+            if region and (self._shape is None or not self._read_alike(region)):
+                self._read_region(region)
+            if self._decoder._excess:
+                self._decoder._check()
         except StreamingError as error:
             self._answer.fail(error)
         return self._answer.take()
@@ -4377,122 +4151,81 @@ class _Intake:
 
         :returns: what the decoder is to begin with; nothing, if more must be seen.
         """
-        self._first += chunk
-        head = self._first[:_HEAD].lstrip(_BOM).lstrip()
-        if len(self._first) < _HEAD and _UNDECIDED.match(head):
+        self._first = first = (self._first or b"") + chunk
+        head = first[:_HEAD].lstrip(_BOM).lstrip()
+        if len(first) < _HEAD and _UNDECIDED.match(head):
             return b""
         if head.startswith(b"<"):
+            shown = " ".join(head.decode("ascii", "replace").split())
             raise MalformedStreamError(
                 "the server sent HTML, not a stream: is the base URL right, or does a "
-                f"proxy stand between? It begins with {_excerpt(head)!r}"
+                f"proxy stand between? It begins with {_clipped(shown, 80)!r}"
             )
-        self._decoder = self._decoder_for(head)
-        first, self._first = self._first, b""
-        if first.startswith(_BOM) and isinstance(self._decoder, _LineDecoder):
-            return first[len(_BOM) :]
+        if self._dialect.framing == "ndjson" and not _NO_JSON_LINE.match(head):
+            self._decoder = _LineDecoder(limits=self._limits)
+        elif head.startswith((b"{", b"[")):
+            self._decoder = _WholeDecoder(limits=self._limits)
+        self._first = None
         return first
 
-    def _decoder_for(self, head: bytes) -> _Decoder:
-        if self._dialect.framing == "ndjson" and not _NO_JSON_LINE.match(head):
-            return _LineDecoder(self._limits)
-        if head.startswith((b"{", b"[")):
-            return _WholeDecoder(self._limits)
-        return _EventDecoder(limits=self._limits)
-
-    def _take(self, region: bytes) -> None:
-        """Read a region of complete events.
-
-        Without a shape it is read in portions, for one may be learned from the first.
-        """
-        answer = self._answer
-        while region and not answer.ended and answer.error is None:
-            if self._shape and self._take_shaped(self._shape, region):
-                return
-            portion = self._portion(region)
-            self._take_portion(portion)
-            region = region[len(portion) :]
-
-    def _take_shaped(self, shape: _Shape, region: bytes) -> bool:
-        """Read a region by the shape.
+    def _read_alike(self, region: bytes) -> bool:
+        """Read a region by the known shape.
 
         :returns: False if nothing was read: it must be parsed event by event.
         """
-        if len(region) > _LARGE or not self._answer.is_plain:
+        answer, shape = self._answer, self._shape
+        if shape is None or len(region) > _LARGE or not answer.is_plain:
             return False
         try:
-            one = shape.read(region)
-            if one is not None:
-                self._patience = _PATIENCE
-                self._take_texts(shape, *one)
-                return True
-            gaps, texts, numbers = shape.split(region)
+            found = shape.match(region)
+            if found is None:
+                gaps, texts, numbers = shape.split(region)
+            else:
+                text = found[shape.text].decode()
+                if "\\" in text:
+                    text = _unescaped(text)
         except ValueError:  # a text needs mending, which parsing does
             return False
-        terminator = cast("_Decoder", self._decoder).terminator
-        if not texts or not all(gap.endswith(terminator) for gap in gaps if gap):
+        if found is not None:
+            # One event: what _read_texts does for many, in as few calls as can be.
+            self._patience = _PATIENCE
+            self.events += 1
+            if shape.cursor and not answer.follows(int(found[shape.cursor])):
+                return True
+            if text:
+                if shape.part is not None:
+                    answer.begin_part(shape.kind, shape.part)
+                answer.add_texts(shape.kind, [text])
+            return True
+        # A match in the middle of a block is none.
+        end = self._decoder._terminator
+        if not texts or not all(gap.endswith(end) for gap in gaps if gap):
             return False
         self._patience = _PATIENCE
         start = 0
-        for end, gap in enumerate(gaps):  # so many texts stand before this gap
-            if not gap and end < len(texts):
-                continue
-            self._take_texts(shape, texts[start:end], numbers[start:end])
-            start = end
-            self._take_blocks(gap)
-            if self._answer.ended or self._answer.error is not None:
-                break
+        for place, gap in enumerate(gaps):  # so many texts stand before this gap
+            if gap or place == len(texts):
+                self._read_texts(shape, texts[start:place], numbers[start:place])
+                start = place
+                if gap and not self._read_events(self._decoder._parse(gap)):
+                    break
         return True
 
-    def _portion(self, region: bytes) -> bytes:
-        """The first events of a region; all of it, if no shape is looked for."""
-        if not self._patience or len(region) < 2 * _PORTION:
-            return region
-        terminator = cast("_Decoder", self._decoder).terminator
-        end = region.find(terminator, _PORTION)
-        return region[: end + len(terminator)] if end >= 0 else region
-
-    def _take_portion(self, region: bytes) -> None:
-        """Read events one by one, and learn from the last of them."""
-        events = self._take_blocks(region)
-        # Not from a first delta: that of a short answer may be the only one.
-        is_more = self._answer.deltas or len(self._answer.out) > 1
-        if events and self._patience and self._answer.out and is_more:
-            self._learn(region, events[-1])
-
-    def _take_blocks(self, region: bytes) -> list[ServerSentEvent]:
-        """Read the events of complete blocks."""
-        decoder, answer = cast("_Decoder", self._decoder), self._answer
-        events = decoder._parse(region) if region else []
-        if decoder._stray:
-            self._take_strays(decoder, region)
-            return []
-        for event in events:
-            self._reader.read(event)
-            if answer.ended or answer.error is not None:
-                return []
-        return events
-
-    def _take_strays(self, decoder: _Decoder, region: bytes) -> None:
-        """Read block by block: something outside of data counts where it stands."""
-        decoder._stray.clear()
-        for block in region.split(decoder.terminator):
-            for event in decoder._parse(block + decoder.terminator):
-                self._reader.read(event)
-            if decoder._stray:
-                self._reader.read_stray(decoder)
-            if self._answer.ended or self._answer.error is not None:
-                return
-
-    def _take_texts(
-        self, shape: _Shape, texts: list[str], numbers: list[bytes]
-    ) -> None:
-        """Take what events of the shape bring."""
+    def _read_texts(self, shape: _Shape, texts: list[str], numbers: list[int]) -> None:
+        """Read what events of the shape bring, one behind the other."""
         answer, kind = self._answer, shape.kind
-        self._reader.events += len(texts)
+        self.events += len(texts)
         if numbers:
-            texts = self._in_sequence(texts, numbers)
-        if "" in texts:
-            texts = [text for text in texts if text]
+            first = -1 if answer.cursor is None else answer.cursor + 1
+            if (
+                numbers == list(range(first, first + len(numbers)))
+                and not answer.skipped
+            ):
+                answer.cursor = numbers[-1]  # no hole and no repetition among them
+            else:
+                pairs = zip(texts, numbers)
+                texts = [text for text, number in pairs if answer.follows(number)]
+        texts = list(filter(None, texts))
         if not texts:
             return
         if shape.part is not None:
@@ -4503,56 +4236,169 @@ class _Intake:
             for text in texts:
                 answer.add(kind, text, 0)
 
-    def _in_sequence(self, texts: list[str], numbers: list[bytes]) -> list[str]:
-        """The texts whose events follow each other without a hole."""
-        answer, last = self._answer, int(numbers[-1])
-        first = last + 1 - len(numbers)
-        follows = first - 1 == answer.cursor and not answer.skipped
-        if follows and len(numbers) > 1:
-            follows = list(map(int, numbers)) == list(range(first, last + 1))
-        if follows:
-            answer.cursor = last
-            return texts
-        return [t for t, number in zip(texts, numbers) if answer.follows(int(number))]
+    def _read_region(self, region: bytes) -> None:
+        """Read complete blocks, one at a time while a shape may be learned of them."""
+        answer, decoder, start = self._answer, self._decoder, 0
+        end = decoder._terminator
+        while self._patience and answer.is_plain:
+            place = region.find(end, start)
+            if place < 0:
+                break  # nothing is left, or one blank line more than a block needs
+            block = region[start : place + len(end)]
+            start += len(block)
+            known = len(answer.out)
+            if not self._read_events(decoder._parse(block)):
+                return
+            # Not from a first delta: that of a short answer may be the only one.
+            if len(answer.out) == known or not (answer.deltas or known):
+                continue
+            self._patience -= 1
+            try:
+                self._shape = _Shape(self._dialect, block)
+            except (StreamingError, *_ODDITIES):
+                self._shape = None  # whatever it is, it is no plain text
+            if start < len(region) and self._read_alike(region[start:]):
+                return
+        if start < len(region):
+            self._read_events(decoder._parse(region[start:]))
 
-    def _learn(self, region: bytes, event: ServerSentEvent) -> None:
-        """Learn the shape of the last event; after many misses, give up."""
-        self._patience -= 1
-        terminator = cast("_Decoder", self._decoder).terminator
-        start = region.rfind(terminator, 0, len(region) - len(terminator))
-        block = region[start + len(terminator) :] if start >= 0 else region
-        if len(block) > _LESSON:
+    def _read_events(self, events: list[ServerSentEvent]) -> bool:
+        """Read events one by one.
+
+        :returns: whether the answer goes on.
+        """
+        answer = self._answer
+        for event in events:
+            if event.event:
+                self._read_event(event)
+            else:
+                self._read_stray(event.data)
+            if answer.ended or answer.error is not None:
+                return False
+        return True
+
+    def _read_event(self, event: ServerSentEvent) -> None:
+        self.events += 1
+        if self._on_event:
+            self._on_event(event)
+        answer, dialect, data = self._answer, self._dialect, event.data.strip()
+        if data and data == dialect.end_marker:
+            answer.end()
             return
+        if data == "[DONE]":
+            return  # gateways append it where it proves nothing
         try:
-            self._shape = _Lesson(self._dialect, block, event).shape()
-        except (StreamingError, *_ODDITIES):
-            self._shape = None  # whatever it is, it is no plain text
+            chunk = parse_json(event.data)
+        except ValueError:
+            self._read_malformed(event.event, data)
+            return
+        if event.event == "error":
+            answer.fail(dialect.error(chunk))
+        elif isinstance(chunk, dict):
+            self._read_chunk(chunk, dialect.read, event.event)
+        else:
+            self._count_malformed("JSON that is not an object")
+
+    def _read_chunk(
+        self, chunk: dict[str, Any], read: Callable[..., None], *event: str
+    ) -> None:
+        answer = self._answer
+        before = answer.malformed
+        if chunk.get("error"):
+            answer.fail(self._dialect.error(chunk))
+        try:
+            read(chunk, answer, *event)
+        except _ODDITIES as error:
+            answer.malformed += 1
+            logger.debug("the dialect cannot read a chunk: %s", type(error).__name__)
+        if answer.malformed > before:
+            answer.malformed = before  # however much of it is odd
+            self._count_malformed("JSON of an unexpected shape")
+
+    def _read_malformed(self, event: str, data: str) -> None:
+        """Data that is not JSON: may it have carried text?"""
+        broke_off = data[:1] in ("{", "[") and data[-1:] not in ("}", "]")
+        keys = (f'"{key}"' for key in self._dialect.vital_keys)
+        if event == "error":
+            self._answer.fail(self._dialect.error(data))
+        elif broke_off or any(key in data for key in keys):
+            self._answer.fail(
+                MalformedStreamError(
+                    f"an event of {len(data)} characters that may have carried text "
+                    "is not valid JSON",
+                    retryable=True,
+                )
+            )
+        elif data:
+            self._count_malformed("data that is not JSON")
+
+    def _count_malformed(self, what: str) -> None:
+        answer, most = self._answer, self._limits.malformed
+        answer.malformed += 1
+        logger.info("ignored %s", what)
+        if most is not None and answer.malformed > most:
+            answer.fail(
+                MalformedStreamError(
+                    f"more than {most} pieces of malformed data, the last one {what}; "
+                    "Limits(malformed=...) allows more"
+                )
+            )
+
+    def _read_stray(self, text: str) -> None:
+        """Errors outside of data: two kinds of servers send them (see README)."""
+        field, _, value = text.partition(":")
+        try:
+            document = parse_json(value if field == "error" else text)
+        except ValueError:
+            return  # an unknown field, which the standard ignores
+        if field == "error" and not _dict(document).get("error"):
+            document = {"error": document}
+        if _first_object(document).get("error"):
+            self._answer.fail(self._dialect.error(document))
 
     def _read_end(self) -> None:
-        decoder = self._decoder
-        if decoder is None:
+        if self._first is not None:
             message = "the server sent an empty body"
             raise MalformedStreamError(message, retryable=True)
-        events = decoder._finish()
+        decoder = self._decoder
+        rest = decoder._finish()
         if isinstance(decoder, _WholeDecoder):
-            self._reader.read_whole(events[0].data)
+            self._read_whole(_decoded(rest))
             return
-        breaks_off = isinstance(decoder, _EventDecoder) and decoder._breaks_off
-        if breaks_off:
-            events = [event for event in events if _is_json(event.data)]
-        for event in events:
-            self._reader.read(event)
-        if decoder._stray:
-            self._reader.read_stray(decoder)
+        events = decoder._parse(rest + decoder._terminator)
+        is_cut = False
+        if isinstance(decoder, _EventDecoder):  # a JSON line needs no line feed
+            # Data that came whole lacks nothing but the blank line.
+            events = [e for e in events if not e.event or _is_json(e.data)]
+            fields = {line.partition(b":")[0] for line in rest.split(b"\n")}
+            is_cut = not any(e.event for e in events) and not fields <= _IDLE_FIELDS
+        self._read_events(events)
         # A final finish reason makes up for what is missing, and without any finish the
         # loop sees the cut; one that may stand on every chunk tells nothing.
-        if breaks_off and not events and not self._dialect.finish_is_final:
+        if is_cut and not self._dialect.finish_is_final:
             message = "the body ended in the middle of an event: the answer is cut"
             self._answer.fail(IncompleteStreamError(message, retryable=True))
 
-
-def _excerpt(head: bytes) -> str:
-    return _clipped(" ".join(head.decode("ascii", "replace").split()), 80)
+    def _read_whole(self, text: str) -> None:
+        """A server that ignored ``stream``, or an error with status 200."""
+        answer = self._answer
+        try:
+            document = parse_json(text.lstrip("\ufeff"))
+        except ValueError:
+            raise MalformedStreamError(
+                "the server sent JSON that broke off, not a stream", retryable=True
+            ) from None
+        for part in document if isinstance(document, list) else [document]:
+            self._read_chunk(_dict(part), self._dialect.read_whole)
+            if answer.ended or answer.error is not None:
+                break
+        has_answer = answer.out or answer.finishes or answer.calls_begun
+        if not has_answer and answer.error is None:
+            keys = ", ".join(sorted(map(str, _dict(document)))[:8]) or "no keys"
+            message = f"the server sent JSON that is not an answer; it has {keys}"
+            raise MalformedStreamError(_clipped(message, 300))
+        if isinstance(document, dict):
+            answer.end()
 
 
 # ---------------------------------------------------------------------------

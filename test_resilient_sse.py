@@ -1435,9 +1435,11 @@ def test_events_that_differ_in_their_text_alone_are_hardly_ever_parsed(
 ):
     dialect = name.split()[0]
     parsed = []
-    read = rs._Reader.read
+    read = rs._Intake._read_event
     monkeypatch.setattr(
-        rs._Reader, "read", lambda self, event: (parsed.append(1), read(self, event))
+        rs._Intake,
+        "_read_event",
+        lambda self, event: (parsed.append(1), read(self, event)),
     )
     answer = rs.Answer()
     intake = rs._Intake(rs.DIALECTS[dialect], answer, rs.Limits())
@@ -5123,7 +5125,7 @@ def test_alike_events_are_not_parsed_one_by_one(dialect, monkeypatch):
     for _ in range(2):
         answer.cursor = 3
         intake.feed(lesson.encode())
-    monkeypatch.setattr(intake._reader, "read", None)
+    monkeypatch.setattr(intake, "_read_event", None)
     alike = [lesson.replace('"Hi"', '"Ho"')] * 50
     number = '"sequence_number":4'
     alike = [e.replace(number, f"{number[:-1]}{n}") for n, e in enumerate(alike, 5)]
@@ -5166,7 +5168,7 @@ def test_padding_that_is_empty_now_and_then_is_padding(monkeypatch):
 
     intake = rs._Intake(rs.DIALECTS["openai"], rs.Answer(), rs.Limits())
     intake.feed(event("") * 2)
-    monkeypatch.setattr(intake._reader, "read", None)
+    monkeypatch.setattr(intake, "_read_event", None)
     assert len(intake.feed(event("") + event("abc"))) == 2
 
 
@@ -5174,7 +5176,7 @@ def test_a_dialect_with_another_address_is_as_fast_as_its_parent(monkeypatch):
     lesson = event_text("openai", LESSONS["openai"]).encode()
     intake = rs._Intake(Renamed(), rs.Answer(), rs.Limits())
     intake.feed(lesson * 2)
-    monkeypatch.setattr(intake._reader, "read", None)
+    monkeypatch.setattr(intake, "_read_event", None)
     assert len(intake.feed(lesson * 5)) == 5
 
 
