@@ -79,8 +79,6 @@ from resilient_sse import Retry, Timeouts, stream_chat
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from resilient_sse import ChatResult, ChatStream
-
 
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c_interrupts():
@@ -13081,200 +13079,149 @@ def test_the_module_runs_by_name(saved):
 # Over plain HTTP what a script would see, in a headless Chromium what a person would.
 
 
-HTML_IN_AN_ERROR = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+class DashSite:
+    """A monitor, and the dashboard that shows it."""
 
+    def __init__(self, url, monitor):
+        self.url, self.monitor = url, monitor
 
-def dash_record(what: str, stream: int, seconds: float, data: Any) -> rs.StreamRecord:
-    return rs.StreamRecord(what, stream, seconds, 1, str(data), data)
+    def begin(self, stream, model="m"):
+        self.monitor.on_start(note("start", started(model), stream))
 
+    def fail(self, stream, message):
+        error = rs.APIError(message, status=503, code=message[:80])
+        self.monitor.on_error(note("error", error, stream, 1.5, why=message))
 
-def dash_start(monitor: rs.StreamMonitor, stream: int, model: str = "m") -> None:
-    facts = {"model": model, "dialect": "openai", "url": "http://127.0.0.1/v1"}
-    monitor.on_start(dash_record("start", stream, 0.0, facts))
+    def ask(self, path, method="GET", **headers):
+        """The answer to one request, and its body."""
+        place = urlsplit(self.url)
+        connection = http.client.HTTPConnection(place.hostname, place.port, timeout=20)
+        with contextlib.closing(connection):
+            connection.request(method, path, headers=headers)
+            response = connection.getresponse()
+            return response, response.read().decode("utf-8")
 
-
-def dash_fail(monitor: rs.StreamMonitor, stream: int, message: str) -> None:
-    error = rs.APIError(message, status=503, code=message[:80])
-    monitor.on_error(dash_record("error", stream, 1.5, error))
-
-
-def dash_ask(
-    url: str, path: str, method: str = "GET", **headers: str
-) -> tuple[http.client.HTTPResponse, str]:
-    """The answer to one request, and its body."""
-    host, port = url[len("http://") :].split(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=20)
-    with contextlib.closing(connection):
-        connection.request(method, path, headers=headers)
-        response = connection.getresponse()
-        return response, response.read().decode("utf-8")
-
-
-@pytest.fixture
-def dash_monitor() -> rs.StreamMonitor:
-    return rs.StreamMonitor()
-
-
-@pytest.fixture
-def dash_page(dash_monitor: rs.StreamMonitor) -> Iterator[dashboard.Dashboard]:
-    with dashboard.serve(dash_monitor) as page:
-        yield page
-
-
-def test_the_dashboard_serves_the_monitors_report_as_it_is_now(
-    dash_monitor: rs.StreamMonitor, dash_page: dashboard.Dashboard
-) -> None:
-    for started in range(3):
-        response, body = dash_ask(dash_page.url, "/report.json")
+    def report(self):
+        response, body = self.ask("/report.json")
         assert response.status == 200
+        return json.loads(body)
+
+
+@pytest.fixture
+def site():
+    monitor = rs.StreamMonitor()
+    with dashboard.serve(monitor) as page:
+        yield DashSite(page.url, monitor)
+
+
+def test_the_dashboard_serves_the_monitors_report_as_it_is_now(site):
+    for count in range(3):
+        response, body = site.ask("/report.json")
         assert response.getheader("Content-Type") == "application/json"
-        assert json.loads(body)["started"] == started
-        assert json.loads(body).keys() == dash_monitor.report().keys()
-        dash_start(dash_monitor, started)
+        assert site.report()["started"] == json.loads(body)["started"] == count
+        assert json.loads(body).keys() == site.monitor.report().keys()
+        site.begin(count)
 
 
-def test_the_dashboards_metrics_are_what_prometheus_reads(
-    dash_monitor: rs.StreamMonitor, dash_page: dashboard.Dashboard
-) -> None:
-    parser = pytest.importorskip("prometheus_client.parser")
-    dash_start(dash_monitor, 1)
-    response, body = dash_ask(dash_page.url, "/metrics")
+def test_the_dashboards_metrics_are_what_prometheus_reads(site):
+    site.begin(1)
+    response, body = site.ask("/metrics")
     assert response.getheader("Content-Type").startswith("text/plain; version=0.0.4")
-    families = {f.name: f for f in parser.text_string_to_metric_families(body)}
-    assert families["resilient_sse_active_streams"].samples[0].value == 1
+    assert parsed_metrics(body)[1]["active_streams",] == 1
 
 
-def test_the_dashboards_page_needs_nothing_from_elsewhere(
-    dash_page: dashboard.Dashboard,
-) -> None:
-    response, body = dash_ask(dash_page.url, "/?anything")
+def test_the_dashboards_page_needs_nothing_from_elsewhere(site):
+    response, body = site.ask("/?anything")
     assert response.getheader("Content-Type") == "text/html; charset=utf-8"
     policy = response.getheader("Content-Security-Policy")
-    assert policy.startswith("default-src 'none'")
-    assert "unsafe" not in policy
-    addresses = set(
-        re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'>\s)]+)""", body)
-    )
-    assert {a.split(":")[0] for a in addresses} == {"data", "/report.json", "/metrics"}
+    assert policy.startswith("default-src 'none'") and "unsafe" not in policy
+    form = r"""(?:src|href|url)\s*[=(]\s*["']?([^"'>\s)]+)"""
+    addresses = {address.split(":")[0] for address in re.findall(form, body)}
+    assert addresses == {"data", "/report.json", "/metrics"}
     assert not re.search("innerHTML|insertAdjacentHTML|document.write", body)
 
 
-@pytest.mark.parametrize(
-    ("host", "status"),
-    [
-        ("127.0.0.1", 200),
-        ("127.0.0.1:8000", 200),
-        ("LOCALHOST:1", 200),
-        ("evil.example", 403),
-        ("127.0.0.1.evil.example", 403),
-        ("localhost.evil.example:80", 403),
-        ("evil.example:127.0.0.1", 403),
-        ("", 403),
-    ],
-)
-def test_the_dashboard_answers_only_to_this_machines_own_names(
-    dash_page: dashboard.Dashboard, host: str, status: int
-) -> None:
+OWN_NAMES = ["127.0.0.1", "127.0.0.1:8000", "LOCALHOST:1"]
+OTHER_NAMES = """evil.example 127.0.0.1.evil.example localhost.evil.example:80
+evil.example:127.0.0.1"""
+
+
+@pytest.mark.parametrize("host", [*OWN_NAMES, *OTHER_NAMES.split(), ""])
+def test_the_dashboard_answers_only_to_this_machines_own_names(site, host):
     for path in ("/", "/report.json", "/metrics"):
-        assert dash_ask(dash_page.url, path, Host=host)[0].status == status
+        response, _ = site.ask(path, Host=host)
+        assert response.status == (200 if host in OWN_NAMES else 403)
 
 
 @pytest.mark.parametrize("method", ["HEAD", "POST", "PUT", "DELETE", "OPTIONS", "ODD"])
-def test_the_dashboard_knows_only_get(
-    dash_page: dashboard.Dashboard, method: str
-) -> None:
-    response, _ = dash_ask(dash_page.url, "/report.json", method)
-    assert response.status == 405
-    assert response.getheader("Allow") == "GET"
+def test_the_dashboard_knows_only_get(site, method):
+    response, _ = site.ask("/report.json", method)
+    assert (response.status, response.getheader("Allow")) == (405, "GET")
 
 
 @pytest.mark.parametrize(
-    ("path", "status"),
-    [
-        ("/favicon.ico", 204),
-        ("/<script>alert(1)</script>", 404),
-        ("/../setup.cfg", 404),
-        ("/report.json/", 404),
-    ],
+    "path",
+    ["/favicon.ico", "/<script>alert(1)</script>", "/../setup.cfg", "/report.json/"],
 )
-def test_the_dashboard_says_of_other_paths_that_there_is_nothing(
-    dash_page: dashboard.Dashboard, path: str, status: int
-) -> None:
-    response, body = dash_ask(dash_page.url, path)
-    assert response.status == status
+def test_the_dashboard_says_of_other_paths_that_there_is_nothing(site, path):
+    response, body = site.ask(path)
+    assert response.status == (204 if path == "/favicon.ico" else 404)
     assert "script" not in body
     assert response.getheader("Content-Security-Policy").startswith("default-src")
     assert response.getheader("X-Content-Type-Options") == "nosniff"
     assert "Python" not in (response.getheader("Server") or "")
 
 
-def test_the_dashboards_report_stays_small_with_thousands_of_streams(
-    dash_monitor: rs.StreamMonitor, dash_page: dashboard.Dashboard
-) -> None:
+def test_the_dashboards_report_stays_small_with_thousands_of_streams(site):
     for stream in range(6000):
-        dash_start(dash_monitor, stream, "model " * 100)
+        site.begin(stream, "model " * 100)
         if stream % 2:
-            dash_fail(dash_monitor, stream, f"\U0001f600{stream}" * 100)
+            site.fail(stream, f"\U0001f600{stream}" * 100)
     began = time.monotonic()
-    sizes = [len(dash_ask(dash_page.url, "/report.json")[1]) for _ in range(20)]
+    sizes = [len(site.ask("/report.json")[1]) for _ in range(20)]
     assert time.monotonic() - began < 20
     assert max(sizes) < 400_000  # the worst there is: text that JSON writes at length
-    report = json.loads(dash_ask(dash_page.url, "/report.json")[1])
-    assert (report["active"], report["failed"]) == (3000, 3000)
+    report = site.report()
+    assert chosen(report, "active failed") == [3000, 3000]
     assert len(report["streams"]) <= 100
 
 
-def test_a_dashboard_serves_many_viewers_at_once_while_streams_run(
-    dash_monitor: rs.StreamMonitor, dash_page: dashboard.Dashboard
-) -> None:
-    seen: list[int] = []
-
-    def watch() -> None:
-        for _ in range(10):
-            seen.append(dash_ask(dash_page.url, "/report.json")[0].status)
-
-    viewers = [threading.Thread(target=watch) for _ in range(8)]
-    for viewer in viewers:
-        viewer.start()
-    for stream in range(2000):
-        dash_start(dash_monitor, stream)
-        dash_fail(dash_monitor, stream, "overloaded")
-    for viewer in viewers:
-        viewer.join(30)
-    assert seen == [200] * 80
+def test_a_dashboard_serves_many_viewers_at_once_while_streams_run(site):
+    with ThreadPoolExecutor(8) as viewers:
+        seen = [viewers.submit(site.report) for _ in range(80)]
+        for stream in range(2000):
+            site.begin(stream)
+            site.fail(stream, "overloaded")
+        assert all(each.result(30)["started"] <= 2000 for each in seen)
 
 
-def test_a_closed_dashboard_frees_its_port_and_can_be_closed_again(
-    dash_monitor: rs.StreamMonitor,
-) -> None:
-    page = dashboard.serve(dash_monitor)
-    port = int(page.url.rsplit(":", 1)[1])
+def test_a_closed_dashboard_frees_its_port_and_can_be_closed_again():
+    monitor = rs.StreamMonitor()
+    page = dashboard.serve(monitor)
     page.close()
     page.close()
     with pytest.raises(OSError):
-        dash_ask(page.url, "/")
-    with dashboard.serve(dash_monitor, port) as second:
+        DashSite(page.url, monitor).ask("/")
+    with dashboard.serve(monitor, urlsplit(page.url).port) as second:
         assert second.url == page.url
-        assert dash_ask(second.url, "/")[0].status == 200
+        assert DashSite(second.url, monitor).ask("/")[0].status == 200
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 @pytest.mark.slow
-def test_the_dashboard_as_a_program_watches_a_demonstration_until_ctrl_c() -> None:
-    command = [sys.executable, dashboard.__file__, "--lifetime", "60"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+def test_the_dashboard_as_a_program_watches_a_demonstration_until_ctrl_c():
+    line = [sys.executable, dashboard.__file__, "--lifetime", "60"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
         try:
-            url = process.stdout.readline().split()[1]  # type: ignore[union-attr]
-            dash_until(
-                lambda: json.loads(dash_ask(url, "/report.json")[1])["completed"]
-            )
+            shown = DashSite(process.stdout.readline().split()[1], None)
+            dash_until(lambda: shown.report()["completed"])
             process.send_signal(signal.SIGINT)
             assert process.wait(20) == 0
         finally:
             process.kill()
 
 
-def dash_until(check: Callable[[], Any], seconds: float = 30.0) -> Any:
+def dash_until(check, seconds=30.0):
     """Ask again and again, until there is an answer."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -13288,50 +13235,41 @@ def dash_until(check: Callable[[], Any], seconds: float = 30.0) -> Any:
 # -- in a browser: Chromium by its DevTools protocol over a pair of pipes, which needs
 # neither a driver nor a package
 
+CHROMIUM = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
+--disable-background-networking --disable-component-update --disable-sync
+--disable-dev-shm-usage --remote-debugging-pipe"""
+
 
 class DashBrowser:
     """A headless Chromium with one page open."""
 
-    def __init__(self, program: str, home: str) -> None:
+    def __init__(self, program, home):
         to_browser, self._write_end = os.pipe()
         self._read_end, from_browser = os.pipe()
-        options = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            "--disable-dev-shm-usage",
-            "--remote-debugging-pipe",
-        ]
         # The browser expects the pipes as its descriptors 3 and 4.
         script = f'exec "$@" 3<&{to_browser} 4>&{from_browser}'
+        line = [program, *CHROMIUM.split(), f"--user-data-dir={home}", "about:blank"]
+        nothing = subprocess.DEVNULL
         self._process = subprocess.Popen(
-            ["bash", "-c", script, "bash", program, *options]
-            + [f"--user-data-dir={home}", "about:blank"],
+            ["bash", "-c", script, "bash", *line],
             pass_fds=(to_browser, from_browser),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stdout=nothing,
+            stderr=nothing,
         )
         os.close(to_browser)
         os.close(from_browser)
-        self._numbers = itertools.count(1)
-        self._buffer = b""
-        self.events: list[dict[str, Any]] = []
-        self._session: str | None = None
+        self._numbers, self._buffer = itertools.count(1), b""
+        self.events, self._session = [], None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(domain + ".enable")
 
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
+    def call(self, method, **params):
         """The result of one command; what is heard meanwhile goes to ``events``."""
         number = next(self._numbers)
-        message: dict[str, Any] = {"id": number, "method": method, "params": params}
+        message = {"id": number, "method": method, "params": params}
         if self._session:
             message["sessionId"] = self._session
         os.write(self._write_end, json.dumps(message).encode() + b"\0")
@@ -13339,55 +13277,53 @@ class DashBrowser:
             heard = self._hear()
             if heard.get("id") == number:
                 assert "error" not in heard, heard
-                return dict(heard["result"])
+                return heard["result"]
             self.events.append(heard)
 
-    def _hear(self) -> dict[str, Any]:
+    def _hear(self):
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._read_end], [], [], 60)
             data = os.read(self._read_end, 1 << 16) if ready else b""
             assert data, "the browser has ended, or says nothing for a minute"
             self._buffer += data
         message, _, self._buffer = self._buffer.partition(b"\0")
-        return dict(json.loads(message.decode("utf-8")))
+        return json.loads(message.decode("utf-8"))
 
-    def run(self, script: str) -> Any:
+    def run(self, script):
         """The value of an expression in the page."""
         reply = self.call("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in reply, reply
         return reply["result"].get("value")
 
-    def open(self, url: str, width: int = 1200, scheme: str = "light") -> None:
+    def open(self, url, width=1200, scheme="light"):
         """Show a page, of a width in CSS pixels and in a colour scheme."""
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=900,
-            deviceScaleFactor=1,
-            mobile=width < 600,
-        )
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1}
+        is_mobile = width < 600
+        self.call("Emulation.setDeviceMetricsOverride", mobile=is_mobile, **size)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", features=features)
         self.call("Page.navigate", url=url)
         dash_until(lambda: self.run("document.readyState") == "complete")
 
-    def asked_for(self) -> set[str]:
-        """The addresses that the page has asked for."""
-        kind = "Network.requestWillBeSent"
-        told = [e["params"]["request"] for e in self.events if e["method"] == kind]
-        return {request["url"] for request in told}
-
-    def complaints(self) -> list[Any]:
-        """What a developer would see in the console."""
+    def heard(self, *kinds):
         self.run("1")
-        kinds = (
-            "Runtime.consoleAPICalled",
-            "Runtime.exceptionThrown",
-            "Log.entryAdded",
-        )
         return [event for event in self.events if event.get("method") in kinds]
 
-    def close(self) -> None:
+    def complaints(self):
+        """What a developer would see in the console."""
+        console = "Runtime.consoleAPICalled", "Runtime.exceptionThrown"
+        return self.heard(*console, "Log.entryAdded")
+
+    def card(self, title):
+        """The big figure of a card."""
+        place = json.dumps(f'[data-card="{title}"] .big span')
+        return str(self.run(f"(document.querySelector({place}) || {{}}).textContent"))
+
+    def rows(self):
+        rows = "[...document.querySelectorAll('#streams tr')].map(r => r.innerText)"
+        return self.run(rows)
+
+    def close(self):
         """End the browser, by its own command or else by force."""
         self._session = None
         with contextlib.suppress(OSError, AssertionError):
@@ -13401,19 +13337,14 @@ class DashBrowser:
         os.close(self._read_end)
 
 
-def dash_chromium() -> str:
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    found = [path for path in map(shutil.which, names) if path]
-    if not found:
-        pytest.skip("no Chromium on PATH: apt-get install chromium")
-    return found[0]
-
-
 @pytest.fixture(scope="module")
-def dash_browser() -> Iterator[DashBrowser]:
+def dash_browser():
     if os.name != "posix":
         pytest.skip("the pipes to Chromium are passed the POSIX way")
-    program = dash_chromium()
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if not program:
+        pytest.skip("no Chromium on PATH: apt-get install chromium")
     home = tempfile.mkdtemp()
     try:
         with contextlib.closing(DashBrowser(program, home)) as browser:
@@ -13423,7 +13354,7 @@ def dash_browser() -> Iterator[DashBrowser]:
 
 
 @pytest.fixture
-def dash_quiet(dash_browser: DashBrowser) -> Iterator[DashBrowser]:
+def browser(dash_browser):
     """The browser; fails the test if anything is in the console at its end."""
     dash_browser.events.clear()
     yield dash_browser
@@ -13432,111 +13363,73 @@ def dash_quiet(dash_browser: DashBrowser) -> Iterator[DashBrowser]:
     assert complaints == []
 
 
-def dash_card(browser: DashBrowser, title: str) -> str:
-    """The big figure of a card."""
-    place = json.dumps(f'[data-card="{title}"] .big span')
-    return str(browser.run(f"(document.querySelector({place}) || {{}}).textContent"))
-
-
-def dash_rows(browser: DashBrowser) -> list[str]:
-    return list(
-        browser.run("[...document.querySelectorAll('#streams tr')].map(r=>r.innerText)")
-    )
-
-
 @pytest.mark.browser
-def test_figures_on_the_page_change_while_a_stream_runs(
-    dash_quiet: DashBrowser,
-    dash_monitor: rs.StreamMonitor,
-    dash_page: dashboard.Dashboard,
-) -> None:
-    dash_quiet.open(dash_page.url)
-    dash_until(lambda: dash_card(dash_quiet, "Active") == "0")
-    assert dash_card(dash_quiet, "Success rate") == "–"
+def test_figures_on_the_page_change_while_a_stream_runs(browser, site):
+    browser.open(site.url)
+    dash_until(lambda: browser.card("Active") == "0")
+    assert browser.card("Success rate") == "–"
     with FlakyServer(text=STORY * 4, delay=0.05) as server:
-        stream = rs.stream_chat(
-            "Tell", "storyteller", base_url=server.url + "/v1", observe=dash_monitor
-        )
+        url = server.url + "/v1"
+        stream = stream_chat("Tell", "storyteller", base_url=url, observe=site.monitor)
         seen = set()
         with stream:
             for _ in stream:
-                seen.add("".join(dash_rows(dash_quiet)))
-                if dash_card(dash_quiet, "Active") == "1" and len(seen) > 3:
+                seen.add("".join(browser.rows()))
+                if browser.card("Active") == "1" and len(seen) > 3:
                     break
             assert len(seen) > 3
-        dash_until(lambda: dash_card(dash_quiet, "Active") == "0")
-    dash_until(lambda: "closed" in dash_rows(dash_quiet)[0])
-    assert "storyteller" in dash_rows(dash_quiet)[0]
-    lines = dash_quiet.run(
-        "[...document.querySelectorAll('svg .line')].map(p => p.getAttribute('d'))"
-    )
+        dash_until(lambda: browser.card("Active") == "0")
+    dash_until(lambda: "closed" in browser.rows()[0])
+    assert "storyteller" in browser.rows()[0]
+    paths = "[...document.querySelectorAll('svg .line')].map(p => p.getAttribute('d'))"
+    lines = browser.run(paths)
     assert len(lines) == 5
     assert all(line.startswith("M") for line in lines)
 
 
 @pytest.mark.browser
-def test_a_failed_stream_shows_its_error_on_the_page(
-    dash_quiet: DashBrowser,
-    dash_monitor: rs.StreamMonitor,
-    dash_page: dashboard.Dashboard,
-) -> None:
+def test_a_failed_stream_shows_its_error_on_the_page(browser, site):
     with FlakyServer(script=["fatal-error:3"]) as server:
+        url = server.url + "/v1"
         with pytest.raises(rs.APIError):
-            list(
-                rs.stream_chat(
-                    "Tell", "m", base_url=server.url + "/v1", observe=dash_monitor
-                )
-            )
-        dash_quiet.open(dash_page.url)
-        row = dash_until(lambda: dash_rows(dash_quiet))[0]
-    assert "failed" in row
-    assert "APIError" in row
-    assert "The request is invalid" in row
-    assert "APIError" in dash_quiet.run("document.querySelector('#errors').innerText")
-    assert dash_card(dash_quiet, "Success rate").startswith("0")
+            list(stream_chat("Tell", "m", base_url=url, observe=site.monitor))
+        browser.open(site.url)
+        row = dash_until(browser.rows)[0]
+    for words in ("failed", "APIError", "The request is invalid"):
+        assert words in row
+    assert "APIError" in browser.run("document.querySelector('#errors').innerText")
+    assert browser.card("Success rate").startswith("0")
 
 
 @pytest.mark.browser
-def test_an_error_message_is_text_and_never_markup(
-    dash_quiet: DashBrowser,
-    dash_monitor: rs.StreamMonitor,
-    dash_page: dashboard.Dashboard,
-) -> None:
-    dash_start(dash_monitor, 1, "<b>model</b>")
-    dash_fail(dash_monitor, 1, HTML_IN_AN_ERROR)
-    dash_quiet.open(dash_page.url)
-    row = dash_until(lambda: dash_rows(dash_quiet))[0]
-    assert HTML_IN_AN_ERROR in row
-    assert "<b>model</b>" in row
-    assert (
-        dash_quiet.run("document.querySelectorAll('main img, main script').length") == 0
-    )
-    asked = dash_quiet.asked_for() - {dash_page.url + "/"}
-    assert {url for url in asked if not url.startswith("data:")} == {
-        dash_page.url + "/report.json"
-    }
+def test_an_error_message_is_text_and_never_markup(browser, site):
+    html = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+    site.begin(1, "<b>model</b>")
+    site.fail(1, html)
+    browser.open(site.url)
+    row = dash_until(browser.rows)[0]
+    assert html in row and "<b>model</b>" in row
+    made = "document.querySelectorAll('main img, main script').length"
+    assert browser.run(made) == 0
+    requests_sent = browser.heard("Network.requestWillBeSent")
+    urls = {event["params"]["request"]["url"] for event in requests_sent}
+    urls = {url for url in urls - {site.url + "/"} if not url.startswith("data:")}
+    assert urls == {site.url + "/report.json"}
 
 
 @pytest.mark.browser
-def test_the_page_stays_quick_with_thousands_of_streams(
-    dash_quiet: DashBrowser,
-    dash_monitor: rs.StreamMonitor,
-    dash_page: dashboard.Dashboard,
-) -> None:
+def test_the_page_stays_quick_with_thousands_of_streams(browser, site):
     for stream in range(4000):
-        dash_start(dash_monitor, stream)
+        site.begin(stream)
         if stream % 2:
-            dash_fail(dash_monitor, stream, "overloaded")
-    dash_quiet.open(dash_page.url)
-    dash_until(lambda: dash_card(dash_quiet, "Active") == "2,000")
-    assert len(dash_rows(dash_quiet)) == 100
-    dash_quiet.run("document.querySelector('[value=failed]').click()")
-    assert {row.split()[3] for row in dash_rows(dash_quiet)} == {"failed"}
-    took = dash_quiet.run(
-        "(() => { const t = performance.now(); show();"
-        " return performance.now() - t; })()"
-    )
-    assert took < 1000
+            site.fail(stream, "overloaded")
+    browser.open(site.url)
+    dash_until(lambda: browser.card("Active") == "2,000")
+    assert len(browser.rows()) == 100
+    browser.run("document.querySelector('[value=failed]').click()")
+    assert {row.split()[3] for row in browser.rows()} == {"failed"}
+    script = "const t = performance.now(); show(); return performance.now() - t;"
+    assert browser.run(f"(() => {{ {script} }})()") < 1000
 
 
 CONTRASTS = """(() => {
@@ -13570,32 +13463,26 @@ CONTRASTS = """(() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 800, 1200])
 def test_the_page_is_readable_at_any_width_by_day_and_by_night(
-    dash_quiet: DashBrowser,
-    dash_monitor: rs.StreamMonitor,
-    dash_page: dashboard.Dashboard,
-    width: int,
-    scheme: str,
-) -> None:
+    browser, site, width, scheme
+):
     for stream in range(6):
-        dash_start(dash_monitor, stream, "a-model-with-a-name-that-does-not-end" * 2)
+        site.begin(stream, "a-model-with-a-name-that-does-not-end" * 2)
         if stream % 2:
-            dash_fail(dash_monitor, stream, "x" * 300 if stream == 1 else "words " * 50)
-    dash_quiet.open(dash_page.url, width, scheme)
-    dash_until(lambda: len(dash_rows(dash_quiet)) == 6)
-    assert dash_quiet.run("innerWidth") == width
-    assert dash_quiet.run("document.documentElement.scrollWidth") <= width
-    contrasts = dash_quiet.run(CONTRASTS)
+            site.fail(stream, "x" * 300 if stream == 1 else "words " * 50)
+    browser.open(site.url, width, scheme)
+    dash_until(lambda: len(browser.rows()) == 6)
+    assert browser.run("innerWidth") == width
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    contrasts = browser.run(CONTRASTS)
     assert len(contrasts) > 40
     assert [pair for pair in contrasts if pair[0] < 4.5] == []
-    ground = dash_quiet.run("getComputedStyle(document.body).backgroundColor")
+    ground = browser.run("getComputedStyle(document.body).backgroundColor")
     assert (int(re.findall(r"\d+", ground)[0]) < 128) == (scheme == "dark")
 
 
 @pytest.mark.browser
-def test_the_page_says_so_when_its_program_has_ended(
-    dash_browser: DashBrowser, dash_monitor: rs.StreamMonitor
-) -> None:
-    with dashboard.serve(dash_monitor) as page:
+def test_the_page_says_so_when_its_program_has_ended(dash_browser):
+    with dashboard.serve(rs.StreamMonitor()) as page:
         dash_browser.open(page.url)
         status = "document.getElementById('status').textContent"
         dash_until(lambda: dash_browser.run(status) == "live")
@@ -13610,7 +13497,24 @@ def test_the_page_says_so_when_its_program_has_ended(
 NOTEBOOK = Path(dashboard.__file__).with_name("notebook.ipynb")
 
 
-def book_text(outputs: list[Any]) -> str:
+#: Words of a cell, and what it shows.
+BOOK_SHOWS = [
+    ("result.seams", "exact: True"),
+    ("fatal-error:30", "APIError"),
+    ("fatal-error:30", "received: 'Once upon a time"),
+    ('resume="never"', "StreamTimeoutError"),
+    ('resume="never"', "Once upon"),
+    ("complete_chat(", "2 requests: Once upon"),
+    ("StreamMonitor()", "80.0%"),
+    ("StreamTrace(", "the read timeout of"),
+]
+
+
+def book_needs(name):
+    return pytest.importorskip(name, reason='needs the extra "notebook"')
+
+
+def book_text(outputs):
     """What the outputs of a cell show, as text."""
     shown = []
     for output in outputs:
@@ -13621,10 +13525,9 @@ def book_text(outputs: list[Any]) -> str:
 
 
 @pytest.mark.notebook
-def test_the_notebook_runs_from_top_to_bottom_without_a_network() -> None:
-    nbformat = pytest.importorskip("nbformat", reason='needs the extra "notebook"')
-    nbclient = pytest.importorskip("nbclient", reason='needs the extra "notebook"')
-    pytest.importorskip("ipykernel", reason='needs the extra "notebook"')
+def test_the_notebook_runs_from_top_to_bottom_without_a_network():
+    names = "nbformat", "nbclient", "ipykernel"
+    nbformat, nbclient, _ = map(book_needs, names)
     book = nbformat.read(str(NOTEBOOK), 4)
     assert [cell for cell in book.cells if cell.get("outputs")] == []
     where = {"metadata": {"path": str(NOTEBOOK.parent)}}
@@ -13632,30 +13535,21 @@ def test_the_notebook_runs_from_top_to_bottom_without_a_network() -> None:
     cells = [cell for cell in book.cells if cell.cell_type == "code"]
     shown = {cell.source: book_text(cell.outputs) for cell in cells}
 
-    def of(words: str) -> str:
+    def of(words):
         return next(text for source, text in shown.items() if words in source)
 
     assert of("def flaky") == ""
     assert STORY in shown["ask()"]
     assert STORY in of(".show()\n") or STORY in of("drop:3000")
-    assert "exact: True" in of("result.seams")
-    assert "APIError" in of("fatal-error:30")
-    assert "received: 'Once upon a time" in of("fatal-error:30")
-    assert "StreamTimeoutError" in of('resume="never"')
-    assert "Once upon" in of('resume="never"')
-    assert "2 requests: Once upon" in of("complete_chat(")
-    assert "80.0%" in of("StreamMonitor()")
-    assert "the read timeout of" in of("StreamTrace(")
+    for words, found in BOOK_SHOWS:
+        assert found in of(words), words
 
 
 class BookKernel:
     """A running IPython kernel that has the module, and a server to ask."""
 
-    def __init__(self, base_url: str) -> None:
-        manager = pytest.importorskip(
-            "jupyter_client.manager", reason='needs the extra "notebook"'
-        )
-        pytest.importorskip("ipykernel", reason='needs the extra "notebook"')
+    def __init__(self, base_url):
+        manager, _ = map(book_needs, ("jupyter_client.manager", "ipykernel"))
         self.manager, self.client = manager.start_new_kernel(kernel_name="python3")
         folder = str(Path(rs.__file__).parent)
         self.run(
@@ -13664,9 +13558,7 @@ class BookKernel:
             f"    return rs.stream_chat('Tell', 'm', base_url={base_url!r}, **options)"
         )
 
-    def run(
-        self, code: str, *, interrupt_after: str = ""
-    ) -> tuple[dict[str, Any], str]:
+    def run(self, code, *, interrupt_after=""):
         """The reply to a cell, and its last Markdown; may be interrupted once that
         has some words.
         """
@@ -13683,24 +13575,20 @@ class BookKernel:
                 self.manager.interrupt_kernel()
                 interrupt_after = ""
             shown = markdown
-        return self._reply_to(number), shown
-
-    def _reply_to(self, number: str) -> dict[str, Any]:
-        """A kernel that was slow to start has been asked more than once whether it is
-        ready, and its other answers come first.
-        """
+        # A kernel that was slow to start has been asked more than once whether it is
+        # ready, and its other answers come first.
         while True:
-            message = self.client.get_shell_msg(timeout=60)
-            if message["parent_header"].get("msg_id") == number:
-                return dict(message["content"])
+            reply = self.client.get_shell_msg(timeout=60)
+            if reply["parent_header"].get("msg_id") == number:
+                return reply["content"], shown
 
-    def close(self) -> None:
+    def close(self):
         self.client.stop_channels()
         self.manager.shutdown_kernel(now=True)
 
 
 @contextlib.contextmanager
-def book_kernel(**options: Any) -> Iterator[tuple[BookKernel, FlakyServer]]:
+def book_kernel(**options):
     """A kernel, and the server that its ``ask()`` asks."""
     with FlakyServer(**options) as server:
         kernel = BookKernel(server.url + "/v1")
@@ -13709,7 +13597,7 @@ def book_kernel(**options: Any) -> Iterator[tuple[BookKernel, FlakyServer]]:
 
 
 @pytest.mark.notebook
-def test_a_stream_that_fails_as_a_cells_last_value_stops_run_all() -> None:
+def test_a_stream_that_fails_as_a_cells_last_value_stops_run_all():
     faults = ["fatal-error:5", "fatal-error:5"]
     with book_kernel(script=faults) as (kernel, _):
         for cell in ("ask()", "ask().show()"):
@@ -13722,7 +13610,7 @@ def test_a_stream_that_fails_as_a_cells_last_value_stops_run_all() -> None:
 
 @pytest.mark.notebook
 @pytest.mark.parametrize("cell", ["stream", "stream.show()"])
-def test_an_interrupted_cell_keeps_the_partial_text_and_closes(cell: str) -> None:
+def test_an_interrupted_cell_keeps_the_partial_text_and_closes(cell):
     with book_kernel(delay=0.02, script=["stall-event:30"]) as (kernel, server):
         words = "Will I arrive"
         reply, shown = kernel.run(f"stream = ask()\n{cell}", interrupt_after=words)
@@ -13910,6 +13798,7 @@ def test_the_sections_are_those_of_the_map():
 # what it will say: answers are compared with each other, at temperature 0.
 
 QUESTION = "What is Python?"
+COMPLETED = f"Question: {QUESTION}\n\nAnswer:"
 KILL_AFTER = 12  # deltas; the answer has about ninety
 
 # The server needs seconds to start again: refused connections first, then 503.
@@ -13918,19 +13807,14 @@ PATIENT = Retry(attempts=400, wait_initial=0.2, wait_max=1.0)
 # dialect, property of LocalModel with its base URL, prompt, parameter for the limit
 ROUTES = [
     ("llamacpp", "openai_url", QUESTION, "max_tokens"),
-    (
-        "openai-completions",
-        "openai_url",
-        f"Question: {QUESTION}\n\nAnswer:",
-        "max_tokens",
-    ),
+    ("openai-completions", "openai_url", COMPLETED, "max_tokens"),
     ("openai-responses", "openai_url", QUESTION, "max_output_tokens"),
     ("anthropic", "url", QUESTION, "max_tokens"),
 ]
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[local_model.LocalModel]:
+def model():
     missing = local_model.missing_packages()
     if missing:
         pytest.skip(f'the extra "engine" is not installed: {", ".join(missing)}')
@@ -13939,32 +13823,23 @@ def model() -> Iterator[local_model.LocalModel]:
 
 
 @pytest.fixture(scope="module")
-def whole(model: local_model.LocalModel) -> ChatResult:
+def whole(model):
     """The uninterrupted answer, which every other one is compared with."""
     stream = ask(model)
     assert "".join(stream) == stream.text
     return stream.result
 
 
-def counted(result: ChatResult) -> int:
+def counted(result):
     """How many output tokens the server says it has billed."""
-    assert result.usage is not None
-    assert result.usage.input_tokens is not None
-    assert result.usage.output_tokens is not None
+    assert None not in (result.usage.input_tokens, result.usage.output_tokens)
     return result.usage.output_tokens
 
 
-def ask(model: local_model.LocalModel, **options: Any) -> ChatStream:
-    return stream_chat(
-        QUESTION,
-        model=local_model.MODEL,
-        dialect="llamacpp",
-        base_url=model.openai_url,
-        timeouts=Timeouts(total=300),
-        max_tokens=200,
-        temperature=0,
-        **options,
-    )
+def ask(model, prompt=QUESTION, limit="max_tokens", **options):
+    known = {"dialect": "llamacpp", "base_url": model.openai_url, "temperature": 0}
+    known.update(timeouts=Timeouts(total=300), extra_body={limit: 200})
+    return stream_chat(prompt, local_model.MODEL, **{**known, **options})
 
 
 @pytest.mark.engine
@@ -13972,23 +13847,11 @@ def ask(model: local_model.LocalModel, **options: Any) -> ChatStream:
     ("dialect", "base", "prompt", "limit"), ROUTES, ids=[row[0] for row in ROUTES]
 )
 def test_engine_gives_one_answer_on_every_route(
-    model: local_model.LocalModel,
-    whole: ChatResult,
-    dialect: str,
-    base: str,
-    prompt: str,
-    limit: str,
-) -> None:
-    stream = stream_chat(
-        prompt,
-        model=local_model.MODEL,
-        dialect=dialect,
-        base_url=getattr(model, base),
-        api_key="unused",
-        timeouts=Timeouts(total=300),
-        extra_body={limit: 200},
-        temperature=0,
-    )
+    model, whole, dialect, base, prompt, limit
+):
+    url = getattr(model, base)
+    options = {"dialect": dialect, "base_url": url, "api_key": "unused"}
+    stream = ask(model, prompt, limit, **options)
     tokens = list(stream)
     result = stream.result
     assert len(tokens) > KILL_AFTER
@@ -14000,7 +13863,7 @@ def test_engine_gives_one_answer_on_every_route(
 
 
 @pytest.mark.engine
-def test_engine_obeys_the_limit_and_says_so(model: local_model.LocalModel) -> None:
+def test_engine_obeys_the_limit_and_says_so(model):
     stream = ask(model, extra_body={"max_tokens": 5})
     assert "".join(stream)
     assert stream.result.finish_reason == "length"
@@ -14009,11 +13872,9 @@ def test_engine_obeys_the_limit_and_says_so(model: local_model.LocalModel) -> No
 
 @pytest.mark.engine
 @pytest.mark.parametrize("resume", ["continue", "auto"])
-def test_engine_killed_in_mid_answer_goes_on_to_the_same_end(
-    model: local_model.LocalModel, whole: ChatResult, resume: str
-) -> None:
+def test_engine_killed_in_mid_answer_goes_on_to_the_same_end(model, whole, resume):
     first_pid = model.pid
-    tokens: list[str] = []
+    tokens = []
     stream = ask(model, resume=resume, retry=PATIENT)
     with stream, ThreadPoolExecutor(1) as helper:
         for token in stream:
@@ -14037,7 +13898,7 @@ def test_engine_killed_in_mid_answer_goes_on_to_the_same_end(
 
 
 @pytest.mark.engine
-def test_engine_demo_survives_the_crash_it_causes(whole: ChatResult) -> None:
+def test_engine_demo_survives_the_crash_it_causes(whole):
     command = [sys.executable, local_model.__file__, QUESTION, "--crash-after", "9"]
     demo = subprocess.run(command, capture_output=True, timeout=300, check=False)
     assert demo.returncode == 0, demo.stderr.decode()
