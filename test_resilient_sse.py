@@ -12104,12 +12104,10 @@ def test_a_finished_entry_gives_the_same_result_without_a_request(dialect, journ
 
 
 def test_an_entry_keeps_tool_calls_reasoning_and_usage(journal):
-    call = {"index": 0, "id": "c1", "function": {"name": "f", "arguments": '{"a":'}}
-    more = {"index": 0, "function": {"arguments": "1}"}}
     raw = sse(
         chunk(reasoning_content="Hm."),
-        chunk("Yes", tool_calls=[call]),
-        chunk(tool_calls=[more]),
+        chunk("Yes", tool_calls=[call(0, "c1", "f", '{"a":')]),
+        chunk(tool_calls=[call(0, arguments="1}")]),
         chunk(finish="tool_calls"),
         {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 5}},
         DONE,
@@ -12136,10 +12134,7 @@ JOURNAL_LOST = [
     (JOURNAL_NEVER, {"resume": "continue", **JOURNAL_JSON}),
     (JOURNAL_NEVER + JOURNAL_FATAL, {"resume": "continue"}),
     (JOURNAL_NEVER, {"resume": "continue", "limits": rs.Limits(text=8)}),
-    (
-        sse({"choices": [{"index": 0, "delta": {"role": "a"}}]}),
-        {"resume": "continue"},
-    ),
+    (sse(chunk(role="a")), {"resume": "continue"}),
     (b"<html>", {"resume": "continue"}),
     (b"", {"resume": "continue"}),
 ]
@@ -15216,14 +15211,14 @@ class SimEnd:
         if self.peer is not None:
             self.peer.has_fin = True
 
-    def reset(self):
-        self.is_closed = self.peer.was_reset = True
-        self.peer.inbox.clear()
-
     def close(self):
         self.is_closed = True
         if self.peer is not None:
             self.peer.has_fin = True
+
+    def reset(self):
+        self.is_closed = self.peer.was_reset = True
+        self.peer.inbox.clear()
 
 
 class SimSocket:
@@ -15301,17 +15296,8 @@ class SimSocket:
         self._world.note("shut down", self._number)
         self._end.shut()
 
-    def getpeername(self):
-        return ("10.0.0.1", 80)
-
-    getsockname = getpeername
-
     def dup(self):
         return sim_fromfd(self._number)
-
-    def detach(self):
-        number, self._number, self._closed = self._number, -1, True
-        return number
 
     def _real_close(self):
         number, self._number = self._number, -1
@@ -15329,13 +15315,6 @@ class SimSocket:
 
 def sim_fromfd(number, *family):
     return SimSocket(fileno=SIM.world.new_file(SIM.world.end_of(number)))
-
-
-def sim_connection(address, timeout=None, *more):
-    made = SimSocket()
-    made.settimeout(timeout)
-    made.connect(address)
-    return made
 
 
 class SimPoll:
@@ -15393,9 +15372,6 @@ class SimLock:
             raise RuntimeError("release unlocked lock")
         self._depth -= 1
         self._owner = self._owner if self._depth else None
-
-    def locked(self):
-        return self._owner is not None
 
     def _release_save(self):
         owner, depth, self._owner, self._depth = self._owner, self._depth, None, 0
@@ -15503,7 +15479,6 @@ SIM_MODULES = {
         socket,
         socket=SimSocket,
         fromfd=sim_fromfd,
-        create_connection=sim_connection,
         getaddrinfo=lambda host, port, *more: [(2, 1, 6, "", (host, port))],
     ),
     "select": sim_stand_in(select, poll=SimPoll, select=None),
@@ -15557,14 +15532,11 @@ SIM = Simulation()
 
 # -- what a provider says: an answer, and its events in each dialect
 
-SIM_CHAT = "openai azure vllm llamacpp mistral deepseek openrouter"
-SIM_RICH = SIM_CHAT + " openai-responses anthropic gemini cohere ollama"
-SIM_DIALECTS = SIM_RICH + " openai-completions ollama-generate tgi"
+SIM_CHAT = words("openai azure vllm llamacpp mistral deepseek openrouter")
+SIM_RICH = [*SIM_CHAT, *words("openai-responses anthropic gemini cohere ollama")]
+SIM_DIALECTS = [*SIM_RICH, "openai-completions", "ollama-generate", "tgi"]
 #: What never repeats the text that it continues; of others a copy is recognised.
-SIM_HONEST = "vllm llamacpp deepseek openai-completions anthropic tgi"
-SIM_CHAT, SIM_RICH, SIM_DIALECTS, SIM_HONEST = map(
-    str.split, (SIM_CHAT, SIM_RICH, SIM_DIALECTS, SIM_HONEST)
-)
+SIM_HONEST = words("vllm llamacpp deepseek openai-completions anthropic tgi")
 SIM_STATELESS = {"tgi", "ollama-generate"}  # no ID in what they send
 SIM_WORDS = "wer|den Übermut|früh|Licht|🙂|👩‍👩‍👧|名前|é|\u2028|\n\n|  |…|\x00|\x7f|"
 SIM_WORDS += '"content": "|data: [DONE]|\\|\\n|</think>|{}'
@@ -15776,7 +15748,7 @@ def sim_json(value, is_ascii, is_tight):
 
 # -- the provider: connections, requests, faults
 
-SIM_FAULTS = """
+SIM_FAULT_TABLE = """
 status     an HTTP error, with a wait or without
 refusal    an HTTP error that no wait mends
 fin        the connection ends after some byte
@@ -15794,9 +15766,9 @@ html       a page with status 200
 empty      a body without a byte
 late       the headers come late
 """
-SIM_FAULTS = [line.split()[0] for line in SIM_FAULTS.strip().split("\n")]
+SIM_FAULTS = [words(line)[0] for line in SIM_FAULT_TABLE.strip().split("\n")]
 #: Those that an event stream cannot have; pings for ever are its health.
-SIM_CHAT_FAULTS = ("pings", "error", "abort", "garbage", "hole")
+SIM_CHAT_FAULTS = words("pings error abort garbage hole")
 
 
 class SimReply:
@@ -15994,13 +15966,12 @@ class SimPlan:
         more = ["events", "openai-responses", "openai-responses"]
         self.dialect = pick([*SIM_DIALECTS, *more])
         modes = "auto auto auto reattach continue continue function ask replay never"
-        self.resume = pick(modes.split())
+        self.resume = pick(words(modes))
         self.kind = "prose" if self.resume == "ask" else pick(SIM_KINDS)
         self.faults = pick([0.0, 0.5, 0.5, 0.9])
         unknown = SIM_CHAT_FAULTS if self.dialect == "events" else ()
         known = [fault for fault in SIM_FAULTS if fault not in unknown]
-        drops = ("fin", "reset", "error", "truncated", "half")
-        drops = [fault for fault in drops if fault in known]
+        drops = [f for f in words("fin reset error truncated half") if f in known]
         self.fault_kinds = rng.sample([*known, *drops * 2], rng.randint(1, 3))
         self.timeouts = {
             "connect": pick([1.0, 10.0]),
@@ -16017,9 +15988,9 @@ class SimPlan:
         self.has_own_session = rng.random() < 0.15
         self.observer = pick([None, None, "on_token", "on_event", "all"])
         self.limit = pick([None] * 9 + [20])
-        styles = "text text text deltas complete complete parts break close"
+        styles = words("text text text deltas complete complete parts break close")
         self.callers = [
-            [(pick(styles.split()), rng.randint(1, 9), pick([0, 0, 1, 4, 30]))]
+            [(pick(styles), rng.randint(1, 9), pick([0, 0, 1, 4, 30]))]
             * pick([1, 1, 2])
             for _ in range(pick([1, 1, 2]))
         ]
@@ -16125,7 +16096,7 @@ class SimCall:
             **plan.params,
         )
         try:
-            getattr(self, "read_" + self.style)(stream)
+            self.read(stream)
         except module.StreamingError as error:
             self.error = error
         self.ended, self.is_over = world.now, True
@@ -16148,37 +16119,24 @@ class SimCall:
             SIM.world.sleep(seconds)
         return len(self.handed)
 
-    def read_text(self, stream):
-        for token in stream:
-            self.take(stream, token)
-
-    def read_deltas(self, stream):
-        for delta in stream.deltas():
-            if delta.kind == "text" and delta.index == 0:
-                self.take(stream, delta.text)
-
-    def read_complete(self, stream):
-        self.handed.append(stream.complete().text)
-
-    def read_parts(self, stream):
-        """Two loops over a stream that has a name."""
-        for token in stream:
-            if self.take(stream, token) >= self.count:
+    def read(self, stream):
+        """Loop over the stream in this caller's way."""
+        if self.style == "complete":
+            self.handed.append(stream.complete().text)
+        for token in stream if self.style not in ("complete", "deltas") else ():
+            count = self.take(stream, token)
+            if self.style in ("parts", "break") and count >= self.count:
                 break
-        self.read_deltas(stream)
-
-    def read_break(self, stream):
-        with stream:
-            for token in stream:
-                if self.take(stream, token) >= self.count:
-                    self.has_left = True
-                    break
-
-    def read_close(self, stream):
-        for token in stream:
-            if self.take(stream, token) == self.count:
+            if self.style == "close" and count == self.count:
                 self.has_left = True
                 stream.close()
+        if self.style == "break":
+            self.has_left = len(self.handed) >= self.count
+            stream.close()
+        # Or two loops over a stream that has a name.
+        for delta in stream.deltas() if self.style in ("deltas", "parts") else ():
+            if delta.kind == "text" and delta.index == 0:
+                self.take(stream, delta.text)
 
     def check(self, world):
         sim_check_text(self.plan, self)
@@ -16450,7 +16408,7 @@ SIM_LEAVES = [
     {"text": "t"},
     True,
 ]
-SIM_KEYS = "error id index text content finish_reason x delta"
+SIM_KEYS = words("error id index text content finish_reason x delta")
 
 
 def sim_variants(rng, events):
@@ -16498,7 +16456,7 @@ def sim_change(rng, value):
     elif rng.random() < 0.3:
         del value[rng.choice(list(value))]
     else:
-        name = rng.choice([*value, *value, *SIM_KEYS.split()])
+        name = rng.choice([*value, *value, *SIM_KEYS])
         value[name] = copy.deepcopy(rng.choice(SIM_LEAVES))
 
 
