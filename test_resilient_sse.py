@@ -56,7 +56,7 @@ from contextlib import contextmanager
 from email.utils import formatdate
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 import pytest
@@ -75,9 +75,6 @@ from examples.flaky_server import (
     transcript,
 )
 from resilient_sse import Retry, Timeouts, stream_chat
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 
 @pytest.fixture(scope="session", autouse=True)
