@@ -62,7 +62,6 @@ import itertools
 import json as jsonlib
 import logging
 import math
-import operator
 import os
 import random
 import re
@@ -77,8 +76,10 @@ from typing import (
     TYPE_CHECKING,
     Any,
     ClassVar,
+    Generic,
     NamedTuple,
     NoReturn,
+    TypeVar,
     cast,
 )
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -4122,7 +4123,12 @@ class _Intake:
         self._patience = _PATIENCE if learns else 0
 
     def feed(self, chunk: bytes) -> list[Piece]:
-        """Take the next bytes; return what they bring."""
+        """Take the next bytes; return what they bring.
+
+        :param chunk: b"" where the body has ended cleanly.
+        """
+        if not chunk:
+            return self.end()
         try:
             if self._first is not None:
                 chunk = self._choose_decoder(chunk)
@@ -5766,52 +5772,70 @@ def _clear_frames(error: BaseException) -> None:
 # ---------------------------------------------------------------------------
 # 11. Chat streams: stream_chat, complete_chat, ChatStream
 # ---------------------------------------------------------------------------
-# The caller's thread reads and yields; there is no other one, no queue, nothing
-# between the socket and the loop.  Batches go up, one for each read: _exchange makes
-# them for one request, _batches strings requests together, ChatStream hands out.
+# The caller's thread reads and yields; there is no other one, and nothing between the
+# socket and the loop.  A delta passes _Exchange.read (bytes), _Intake.feed (pieces),
+# _Call._exchange (a batch for each read) and _Call.hand_out (one by one).
+#
+# One object for each call.  Its states, which _Call alone changes:
+#
+#          next()           sent           complete, or failed for good
+#    new ---------> waiting -----> reading -----------------------------> over
+#                      ^              |                                     ^
+#                      +---- drop ----+    closed or left by its reader ----+
+#
+# close() from another thread changes no state: it wakes the reader, who raises.  The
+# loop of a reader that has closed the call itself just ends.
 
-_stream_numbers = itertools.count(1)
+_NEW, _WAITING, _READING, _OVER = "new", "waiting", "reading", "over"
 _HISTORY_KEPT = 1000
+_stream_numbers = itertools.count(1)
 
 
-def _pause(closing: threading.Lock, seconds: float) -> None:
-    """Wait, unless the stream is closed meanwhile."""
-    closing.acquire(timeout=min(seconds, _LONGEST))
+class _Log:
+    """What happened in a call: counts, times and history, told to observers at once.
 
-
-_LAST_WORDS = ("error", "complete")
-
-
-class _Reporter:
-    """Tells the observers of one stream."""
+    Whatever it shows has no secret of the present request in it.
+    """
 
     def __init__(self, observers: tuple[Observer, ...]) -> None:
+        self.number = next(_stream_numbers)
+        self.started = self._request_started = _now()
+        self.ended: float | None = None
+        self.first_token: float | None = None
+        self.request: _Request | None = None  # the present one, or the last
+        self.requests = 0
+        #: Of requests, and answers, that are over; the present ones count on.
+        self.bytes = self.events = self.deltas = self.malformed = 0
+        self.history: list[RequestRecord] = []
         self.observers: tuple[Observer, ...] = ()
         #: What any observer listens to: looked at for each read.
         self.wanted: set[str] = set()
-        self.number = next(_stream_numbers)
-        self.started = _now()
-        self.attempt = 0
+        self._unsaid = b""  # the end of what was read: perhaps a secret's beginning
         self.add(observers)
 
     def add(self, observers: tuple[Observer, ...]) -> None:
         """Tell these observers too."""
         self.observers += observers
-        self.note_hooks()
+        self._note_hooks()
 
-    def note_hooks(self) -> None:
-        """Find out what is listened to; asked with each request."""
-        self.wanted.clear()
-        self.wanted.update(*map(_overridden_hooks, self.observers))
+    def _note_hooks(self) -> None:
+        """Find out what is listened to; hooks may be set on an observer at any time."""
+        self.wanted = {
+            name[3:]
+            for observer in self.observers
+            for name, unused in vars(Observer).items()
+            if name.startswith("on_")
+            and getattr(getattr(observer, name), "__func__", 0) is not unused
+        }
 
     def tell(self, what: str, why: str, data: Any) -> None:
         """Call ``on_<what>`` of every observer."""
         if not self.observers:
             return
         seconds = _now() - self.started
-        record = StreamRecord(what, self.number, seconds, self.attempt, why, data)
+        record = StreamRecord(what, self.number, seconds, self.requests, why, data)
         hooks = [getattr(observer, "on_" + what) for observer in self.observers]
-        if what in _LAST_WORDS:
+        if what in ("error", "complete"):
             with contextlib.ExitStack() as stack:  # all are told, whichever raises
                 for hook in reversed(hooks):
                     stack.callback(hook, record)
@@ -5819,19 +5843,500 @@ class _Reporter:
         for hook in hooks:
             hook(record)
 
+    def begin(self, request: _Request, facts: dict[str, Any]) -> None:
+        """The call begins."""
+        self.started = _now()
+        url = request.shown_url
+        self.tell("start", "to " + url, {**facts, "url": url})
 
-def _overridden_hooks(observer: Observer) -> set[str]:
-    names = [name for name in dir(Observer) if name.startswith("on_")]
-    hooks = {name: getattr(observer, name) for name in names}
-    return {
-        name[3:]
-        for name, hook in hooks.items()
-        if getattr(hook, "__func__", hook) is not getattr(Observer, name)
-    }
+    def begin_request(self, request: _Request) -> None:
+        """A request is being sent."""
+        self.request = request
+        self.requests += 1
+        self._request_started = _now()
+        self._note_hooks()
+        facts = {
+            "method": request.method,
+            "url": request.shown_url,
+            "action": request.action,
+            "headers": _shown_headers(request.headers),
+            "body_bytes": len(request.data or b""),
+        }
+        self.tell("request", f"{request.action} by {request.method}", facts)
+
+    def note_response(self, exchange: Any) -> None:
+        """The headers are in; with a caller's session, they tell what was sent."""
+        self.request = cast(_Request, self.request)._replace(secrets=exchange.secrets)
+        headers = _shown_headers(exchange.headers)
+        facts = {"status": exchange.status, "headers": headers}
+        self.tell("response", f"HTTP status {exchange.status}", facts)
+
+    def note_chunk(self, chunk: bytes) -> None:
+        """Tell of bytes as they may be kept: observers write them into files."""
+        chunk, self._unsaid = _masked(self._unsaid + chunk, self.secrets)
+        if chunk:
+            self.tell("chunk", f"{len(chunk)} bytes", chunk)
+
+    def end_body(self) -> None:
+        """Nothing follows what the last chunk held back."""
+        rest, self._unsaid = _masked_rest(self._unsaid), b""
+        if rest:
+            self.tell("chunk", f"{len(rest)} bytes", rest)
+
+    def note_event(self, event: ServerSentEvent) -> None:
+        """Tell of an event: its type is shown, its data is not."""
+        kind = _one_line(_hidden(event.event, self.secrets))
+        why = f"{kind} of {len(event.data)} characters"
+        self.tell("event", why, event._replace(event=kind))
+
+    def end_request(
+        self, error: StreamingError | None = None, usage: Usage | None = None
+    ) -> None:
+        """Note what ended the present request; None for a good end."""
+        request = cast(_Request, self.request)
+        kind = "" if error is None else type(error).__name__
+        message = "" if error is None else self.redact(error)
+        facts = (self.requests, request.action, kind, message)
+        seconds = _now() - self._request_started
+        self.history.append(RequestRecord(*facts, None, usage, seconds))
+        del self.history[:-_HISTORY_KEPT]
+
+    def note_wait(self, error: StreamingError, action: str, wait: float) -> None:
+        """Another request follows the last one, after so many seconds."""
+        self.history[-1] = last = self.history[-1]._replace(wait=wait)
+        why = f"{action} in {wait:.1f} s after {last.message}"
+        logger.warning("request %d: %s", self.requests, why)
+        facts = {"error": error, "wait": wait, "action": action}
+        self.tell("retry", why, facts)
+        if action == "restart":
+            self.tell("restart", why, facts)
+
+    def note_first_token(self) -> None:
+        """A delta came, the first one."""
+        self.first_token = _now() - self.started
+
+    def end(self) -> None:
+        """The call is over."""
+        self.ended = _now() if self.ended is None else self.ended
+
+    @property
+    def seconds(self) -> float:
+        """How long the call has taken so far, or has taken."""
+        return (_now() if self.ended is None else self.ended) - self.started
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Those of the present request."""
+        return self.request.secrets if self.request else ()
+
+    def redact(self, error: StreamingError) -> str:
+        """Take out the secrets that a server has echoed; return the message."""
+        _clear_frames(error)
+        error.__traceback__ = None  # it begins anew where it is raised for good
+        message = _one_line(_hidden(str(error), self.secrets))
+        error.args = (message,)
+        facts = vars(error)
+        for name in set(facts) - {"text", "result"}:  # the answer is what it is
+            facts[name] = _hidden_in(facts[name], self.secrets)
+        return message
+
+
+if TYPE_CHECKING:
+    #: Makes the exchange for a request.
+    Opener = Callable[[_Request, _Deadlines, _Guard], Any]
+
+
+def _opener(session: requests.Session | None) -> Opener:
+    return functools.partial(_Exchange, session)
+
+
+def _pause(closing: threading.Lock, seconds: float) -> None:
+    """Wait, unless the stream is closed meanwhile."""
+    closing.acquire(timeout=min(seconds, _LONGEST))
+
+
+class _Call:
+    """A call, over all its requests: reading, handing out, closing, failing.
+
+    A chat and a feed of events are two kinds of it.  They say what is asked, what the
+    bytes of a body mean, and what follows a drop.
+
+    :param request: the first one.
+    :param facts: its model and dialect, for observers.
+    :param opener: makes the exchange for a request.
+    :param recall: gives batches that need no request, of an earlier run.
+    """
+
+    #: Which hook is told of each item that is handed out.
+    item_hook = "token"
+    #: Whether each response is expected to bring something within ``first_token``.
+    needs_first_token = True
+    complete_words = ""
+
+    def __init__(
+        self,
+        request: _Request,
+        facts: dict[str, Any],
+        opener: Opener,
+        timeouts: Timeouts,
+        limits: Limits,
+        observers: tuple[Observer, ...],
+        recall: Callable[[Any], Iterator[list[Any]]] | None = None,
+    ) -> None:
+        self.request = request
+        self.facts = facts
+        self.timeouts = timeouts
+        self.limits = limits
+        self.log = _Log(observers)
+        self.state = _NEW
+        self.is_whole = False  # no further request is needed
+        self.failure: Exception | None = (
+            None  # what ended it: each later loop raises it
+        )
+        #: What the last read brought and was not handed out; all loops share it.
+        self.items: Iterator[Any] = iter(())
+        self.handed = 0  # characters of text
+        #: The threads that called close(): the first one did it.  Not their numbers,
+        #: which are used again.
+        self.closers: list[threading.Thread] = []
+        self.exchange: Any = None  # the present one, or the last
+        self.deadlines = _Deadlines(timeouts, self.log.started)
+        self._open = opener
+        self._guard: _Guard | None = None  # of the present exchange
+        # Released by close(): a lock, for a signal handler may call that while its
+        # thread waits, and would find the inner lock of an Event taken.
+        self._closing = threading.Lock()
+        self._closing.acquire()
+        self._reader = threading.current_thread()
+        self._source: Any = self._batches(recall)
+
+    # -- what a kind of call says
+
+    def next_request(self) -> _Request:
+        """What is to be sent now."""
+        raise NotImplementedError
+
+    def open_body(self, exchange: Any) -> Callable[[bytes], list[Any]] | None:
+        """Look at the headers; return what reads the body, or None if there is none.
+
+        :returns: takes what a read brings (b"" is the clean end), gives a batch.
+        :raises StreamingError: they do not begin a stream.
+        """
+        raise NotImplementedError
+
+    def settle(self, now: float) -> bool:
+        """What a read has brought is handed out: note it; whether to read on.
+
+        :raises StreamingError: it was more than pieces.
+        """
+        raise NotImplementedError
+
+    def end_response(self) -> list[Any]:
+        """Nothing more is read of it: return what that brings.
+
+        :raises StreamingError: that is not the end of the stream.
+        """
+        raise NotImplementedError
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether all that matters came, so that a drop is none."""
+        return False
+
+    def decide(self, error: StreamingError) -> tuple[str, StreamingError]:
+        """Return the next action, and the error to raise if it is ``raise``."""
+        raise NotImplementedError
+
+    def wait_for(self, error: StreamingError, left: float) -> float:
+        """Seconds to wait before the next request.
+
+        :param left: seconds that are left of the whole call.
+        :returns: the wait; infinite if there is no time for it.
+        """
+        raise NotImplementedError
+
+    def prepare(self, action: str, drop: StreamingError) -> None:
+        """Make the next request, or fail with the drop."""
+        raise NotImplementedError
+
+    def phase(self) -> str:
+        """Where the present response stands."""
+        return "stream"
+
+    def usage(self) -> Usage | None:
+        """What the present request has reported."""
+        return None
+
+    def stats(self) -> StreamStats:
+        """The counts so far."""
+        log = self.log
+        is_reading = self.state == _READING
+        return StreamStats(
+            malformed=log.malformed,
+            bytes=log.bytes + (self.exchange.bytes if is_reading else 0),
+            events=log.events,
+            deltas=log.deltas,
+            requests=log.requests,
+            retries=max(0, log.requests - 1),
+            first_token_seconds=log.first_token,
+            seconds=log.seconds,
+        )
+
+    def result(self) -> Any:
+        """What the observers are told when all is complete."""
+        return self.stats()
+
+    def complete_error(self, error: StreamingError) -> None:
+        """Put on the error what was received."""
+        raise NotImplementedError
+
+    def items_of(self, batch: list[Any]) -> Iterator[Any]:
+        """The items of a batch; observers are told of each just before it is next."""
+        log = self.log
+        if log.first_token is None and batch:
+            log.note_first_token()
+        return self._told(batch) if self.item_hook in log.wanted else iter(batch)
+
+    def tell_item(self, item: Any) -> None:
+        """Tell the observers of an item."""
+        raise NotImplementedError
+
+    def _told(self, batch: list[Any]) -> Iterator[Any]:
+        for item in batch:
+            self.tell_item(item)
+            yield item
+
+    # -- handing out
+
+    def hand_out(self, skipped: type | None = None) -> Iterator[Any]:
+        """The loop below every public stream.
+
+        It holds the call and not the public stream: so a for statement over an
+        unnamed stream drops that, and the connection is closed, when it is left.
+
+        :param skipped: a kind of items that this reader does not want.
+        """
+        try:
+            while not (self.closers and self.check_closed()):
+                items = self.items
+                for item in items:
+                    if item.__class__ is str:
+                        self.handed += len(item)
+                    elif item.__class__ is skipped:
+                        continue
+                    yield item
+                    if self.closers and self.check_closed():
+                        return
+                item = None  # this frame is in the traceback of what follows
+                if self.items is not items:
+                    continue  # texts and deltas are read in turns: the other went on
+                self._reader = threading.current_thread()
+                self.raise_again()
+                batch = next(self._source, None)
+                if batch is None:
+                    return
+                self.items = self.items_of(batch)
+        except GeneratorExit:  # the caller left
+            raise
+        except BaseException as error:
+            _clear_frames(error)
+            # Of the caller's too: a key, an observer, Ctrl-C.  The call is over then,
+            # and must not look complete; but a reader that came on top of another
+            # one, and is refused, has ended nothing.
+            if self.failure is None and not self._source.gi_running:
+                self.failure = self._lasting(error)
+            raise
+        finally:
+            self.leave()
+
+    def _lasting(self, error: BaseException) -> Exception:
+        """What later loops raise."""
+        if isinstance(error, Exception):
+            return error
+        self.log.end()
+        cut = StreamAbortedError(f"the loop was cut by {type(error).__name__}")
+        cut.history = tuple(self.log.history)
+        self.complete_error(cut)
+        return cut
+
+    def raise_again(self) -> None:
+        """A stream that failed does not look like one that has ended."""
+        if self.failure is not None:
+            raise self.failure
+
+    # -- closing
+
+    def close(self) -> None:
+        """Close it, from any thread."""
+        if self.closers or self.state == _OVER:
+            return
+        thread = threading.current_thread()
+        self.closers.append(thread)
+        self.log.end()
+        with contextlib.suppress(RuntimeError):  # two threads may close it at once
+            self._closing.release()
+        guard = self._guard
+        if guard is not None:
+            guard.fire("closed")
+        if self.closers[0] is thread is self._reader and self.state != _NEW:
+            self.leave()
+
+    def leave(self) -> None:
+        """The reader leaves: let go of the connection."""
+        try:
+            self._source.close()
+        except ValueError as error:
+            # A signal handler or an observer closes the stream inside of the loop,
+            # which is going to see it.
+            logger.debug("closed from within: %s", error)
+            return
+        if self.state != _OVER:
+            self.closers.append(threading.current_thread())
+            why = "the caller left before the end"
+            self._end("error", why, StreamAbortedError(why))
+
+    def check_closed(self) -> bool:
+        """Whether it is closed; raises if another thread did that."""
+        self.raise_again()
+        if not self.closers or self._is_closed_by_reader or self.state == _OVER:
+            return bool(self.closers)
+        error = StreamAbortedError(_CLOSED)
+        if self.state == _READING:  # it was closed between two reads
+            self.log.end_request(error, self.usage())
+        self.fail(error)
+
+    @property
+    def _is_closed_by_reader(self) -> bool:
+        return self.closers[:1] == [threading.current_thread()]
+
+    # -- the requests of a call
+
+    def _batches(
+        self, recall: Callable[[Any], Iterator[list[Any]]] | None
+    ) -> Generator[list[Any]]:
+        """Requests, one after the other; a batch for each read."""
+        log = self.log
+        self.state = _WAITING
+        log.begin(self.request, self.facts)
+        self.deadlines = _Deadlines(self.timeouts, log.started)
+        if recall is not None:
+            yield from recall(self)
+        while not self.is_whole:
+            if self.check_closed():  # in a wait, say: no request more
+                return
+            request = self.next_request()
+            try:
+                yield from self._exchange(request)
+            except StreamingError as error:
+                if self._is_closed_by_reader:
+                    return
+                self._recover(error)
+            else:
+                self.is_whole = True
+                log.end_request(None, self.usage())
+        log.end()
+        data = self.result() if log.observers else None
+        self._end("complete", self.complete_words, data)
+
+    def _exchange(self, request: _Request) -> Iterator[list[Any]]:
+        """One request, and what its response brings."""
+        log, deadlines = self.log, self.deadlines
+        self._guard = guard = _Guard()
+        if self.closers:
+            guard.verdict = "closed"
+        deadlines.send(_now())
+        deadlines.has_begun = not self.needs_first_token
+        log.begin_request(request)
+        self.exchange = exchange = self._open(request, deadlines, guard)
+        self.state = _READING
+        try:
+            exchange.open()
+            log.note_response(exchange)
+            feed = self.open_body(exchange)
+            now = _now()
+            while feed is not None:
+                try:
+                    chunk = exchange.read(now)
+                except (StreamConnectionError, StreamTimeoutError):
+                    if not self.has_finished:
+                        raise
+                    break
+                if "chunk" in log.wanted:
+                    log.note_chunk(chunk)
+                batch = feed(chunk)
+                if batch:
+                    came = _now()
+                    yield batch
+                    now = _now()
+                    deadlines.skip(now - came)
+                else:
+                    now = _now()
+                if not self.settle(now) or not chunk:
+                    break
+            rest = self.end_response()
+            if rest:
+                yield rest
+        finally:
+            self.state = _WAITING if self.state == _READING else self.state
+            self._guard = None
+            exchange.close()
+            log.bytes += exchange.bytes
+            log.end_body()
+
+    def _recover(self, error: StreamingError) -> None:
+        """Prepare the next request, and wait for its time; or raise."""
+        error.phase = error.phase or self.phase()
+        self.log.end_request(error, self.usage())
+        if isinstance(error, StreamAbortedError):
+            self.fail(error)
+        self.check_closed()
+        action, final = self.decide(error)
+        if action == "raise":
+            self.fail(final)
+        wait = self.wait_for(error, self.deadlines.left(_now()))
+        if wait == _NEVER:
+            self.fail(error)
+        self.prepare(action, final)
+        self.log.note_wait(error, action, wait)
+        _pause(self._closing, wait)
+
+    def fail(self, error: StreamingError) -> NoReturn:
+        """Complete the error with all that is known, and raise it for good."""
+        self.log.end()
+        self.complete_error(error)
+        self.log.redact(error)
+        error.history = tuple(self.log.history)
+        self.failure = error
+        self._end("error", str(error), error)
+        raise error
+
+    def _end(self, what: str, why: str, data: Any) -> None:
+        has_begun, self.state = self.state != _NEW, _OVER
+        self.log.end()
+        if has_begun:
+            self.log.tell(what, why, data)
+
+
+#: What is sent with each request, unless the caller says otherwise.
+_HEADERS = {
+    "Accept": "text/event-stream, application/x-ndjson, application/json",
+    "Accept-Encoding": "identity",
+    "Cache-Control": "no-store",
+    "User-Agent": _USER_AGENT,
+}
+
+
+def _merge_headers(headers: Any, more: Mapping[str, str | None]) -> None:
+    """Put the caller's headers over ours; None takes one away."""
+    for name, value in more.items():
+        if value is None:
+            headers.pop(name, None)
+        else:
+            headers[name] = value
 
 
 class _Prompt(NamedTuple):
-    """What was asked, and how to ask again."""
+    """What is asked, and how to ask again."""
 
     dialect: Dialect
     url: str
@@ -5846,64 +6351,52 @@ class _Prompt(NamedTuple):
 
         :raises IncompleteStreamError: there is no such request.
         """
-        text = answer.received.text
+        dialect, url = self.dialect, self.url
+        body: dict[str, Any] | None = self.body
+        seam: Seam | None = None
         if action == "reattach":
-            url = self.dialect.reattach_url(self.url, answer)
-            return self._get(str(url), action), None
-        if action not in ("continue", "ask"):
-            return self._post(self.url, self.body, action), None
-        sent = text.rstrip() if self.dialect.strips_prefix else text
-        body = self._resumed_body(action, sent, answer.side_text("reasoning"))
-        if body is None:
-            raise IncompleteStreamError(
-                f"the dialect {self.dialect.name!r} cannot {action} this answer"
-            )
-        if action == "ask":
-            return self._post(self.url, body, action), AskSeam(text)
-        url = self.dialect.resume_url(self.url)
-        repeats = self.dialect.repeats_prefix or body.get("echo")
-        seam = ContinueSeam(text, sent, sent if repeats else "")
-        return self._post(url, body, action), seam
-
-    def _resumed_body(
-        self, action: str, text: str, reasoning: str
-    ) -> dict[str, Any] | None:
-        if not text:  # it was white space alone: whatever came would not continue it
-            return None
-        if action == "ask":
-            turns = [("assistant", text), ("user", _ASK)]
-            return self.dialect.add_turns(self.body, turns)
-        if callable(self.resume):
-            return self.resume(copy.deepcopy(self.body), text)
-        body = self.dialect.prefill(self.body, text)
-        if body is None or not reasoning:
-            return body
-        return self.dialect.add_reasoning(body, reasoning)
+            url = str(dialect.reattach_url(url, answer))
+            return _Request("GET", _Secret(url), {}, None, action), None
+        if action in ("continue", "ask"):
+            text = answer.received.text
+            sent = text.rstrip() if dialect.strips_prefix else text
+            body = None  # without text, whatever came would not continue it
+            if sent and action == "ask":
+                body = dialect.add_turns(
+                    self.body, [("assistant", sent), ("user", _ASK)]
+                )
+            elif sent and callable(self.resume):
+                body = self.resume(copy.deepcopy(self.body), sent)
+            elif sent:
+                body = dialect.prefill(self.body, sent)
+                reasoning = answer.side_text("reasoning")
+                if body is not None and reasoning:
+                    body = dialect.add_reasoning(body, reasoning)
+            if body is None:
+                raise IncompleteStreamError(
+                    f"the dialect {dialect.name!r} cannot {action} this answer"
+                )
+            if action == "ask":
+                seam = AskSeam(text)
+            else:
+                url = dialect.resume_url(url)
+                repeats = dialect.repeats_prefix or body.get("echo")
+                seam = ContinueSeam(text, sent, sent if repeats else "")
+        headers = {"Content-Type": "application/json"}
+        data = jsonlib.dumps(body).encode("ascii")
+        return _Request("POST", _Secret(url), headers, data, action), seam
 
     def can_continue(self, text: str) -> bool:
         """Whether the dialect surely continues this text."""
-        if self.dialect.strips_prefix:
-            text = text.rstrip()
+        text = text.rstrip() if self.dialect.strips_prefix else text
         if not (text and self.dialect.exact(self.body)):
             return False
         return self.dialect.prefill(self.body, text) is not None
 
-    def has_finished(self, answer: Answer) -> bool:
-        """Whether a finish reason was seen that is the last word."""
-        return answer.finished and self.dialect.finish_is_final
-
-    def _post(self, url: str, body: dict[str, Any], action: str) -> _Request:
-        data = jsonlib.dumps(body).encode("ascii")
-        headers = {"Content-Type": "application/json"}
-        return _Request("POST", _Secret(url), headers, data, action)
-
-    def _get(self, url: str, action: str) -> _Request:
-        return _Request("GET", _Secret(url), {}, None, action)
-
     def with_key(self, request: _Request) -> _Request:
         """The request as it is sent, with a key that is fresh."""
         key = _checked_key(self.key()) if callable(self.key) else self.key
-        headers = CaseInsensitiveDict(_standard_headers())
+        headers = CaseInsensitiveDict(_HEADERS)
         headers.update(request.headers)
         headers.update(self.dialect.headers())
         if key is not None:
@@ -5913,553 +6406,61 @@ class _Prompt(NamedTuple):
         return request._replace(headers=dict(headers), secrets=secrets)
 
 
-def _standard_headers() -> dict[str, str]:
-    return {
-        "Accept": "text/event-stream, application/x-ndjson, application/json",
-        "Accept-Encoding": "identity",
-        "Cache-Control": "no-store",
-        "User-Agent": _USER_AGENT,
-    }
+class _Chat(_Call):
+    """A call that asks a model: the answer so far, and how it can go on.
 
+    :param prompt: what is asked.
+    """
 
-def _merge_headers(headers: Any, more: Mapping[str, str | None]) -> None:
-    """Put the caller's headers over ours; None takes one away."""
-    for name, value in more.items():
-        if value is None:
-            headers.pop(name, None)
-        else:
-            headers[name] = value
+    complete_words = "the answer is complete"
 
-
-class _Ledger:
-    """The counts and the history of one call."""
-
-    def __init__(self) -> None:
-        self.started = self._request_started = _now()
-        self.ended: float | None = None
-        self.first_token: float | None = None
-        self.requests = 0
-        self.bytes = 0
-        self.events = 0
-        self.deltas = 0
-        self.malformed = 0
-        self.history: list[RequestRecord] = []
-        self.seams: list[int] = []
-        self.exchange: Any = None  # the present one, and its intake: they count on
-        self.intake: _Intake | None = None
-
-    def record(
-        self, action: str, error: str, message: str, usage: Usage | None = None
-    ) -> None:
-        """Note what ended a request."""
-        seconds = _now() - self._request_started
-        number = self.requests
-        record = RequestRecord(number, action, error, message, None, usage, seconds)
-        self.history.append(record)
-        del self.history[:-_HISTORY_KEPT]
-
-    def begin_request(self) -> None:
-        """A request is being sent."""
-        self.requests += 1
-        self._request_started = _now()
-
-    def end(self) -> None:
-        """The call is over."""
-        if self.ended is None:
-            self.ended = _now()
-
-    def note_wait(self, seconds: float) -> None:
-        """The last request is followed by a wait."""
-        self.history[-1] = self.history[-1]._replace(wait=seconds)
-
-    def note_usage(self, usage: Usage | None) -> None:
-        """The last request reported this usage."""
-        self.history[-1] = self.history[-1]._replace(usage=usage)
-
-    def note_seam(self, offset: int) -> None:
-        """Another request takes over there."""
-        if self.seams[-1:] != [offset]:
-            self.seams.append(offset)
-        del self.seams[:-_HISTORY_KEPT]
-
-    def end_request(self) -> None:
-        """Take over the counts of the present request."""
-        self.bytes += self.exchange.bytes
-        self.events += self.intake.events if self.intake else 0
-        self.exchange = self.intake = None
-
-    def note_first_token(self) -> None:
-        """A delta came."""
-        if self.first_token is None:
-            self.first_token = _now() - self.started
-
-    def forget(self, answer: Answer) -> None:
-        """Take over the counts of an answer that is given up."""
-        self.deltas += answer.deltas
-        self.malformed += answer.malformed
-
-    def stats(self, answer: Answer) -> StreamStats:
-        """The counts so far."""
-        end = _now() if self.ended is None else self.ended
-        exchange, intake = self.exchange, self.intake
-        return StreamStats(
-            malformed=self.malformed + answer.malformed,
-            bytes=self.bytes + (exchange.bytes if exchange else 0),
-            events=self.events + (intake.events if intake else 0),
-            deltas=self.deltas + answer.deltas,
-            requests=self.requests,
-            retries=max(0, self.requests - 1),
-            first_token_seconds=self.first_token,
-            seconds=end - self.started,
-            cut_tool_calls=answer.cut_calls,
-            text_dropped=answer.dropped,
-        )
-
-
-class _Recovery:
-    """Decides what follows a failed request of one call."""
-
-    def __init__(self, prompt: _Prompt, retry: Retry) -> None:
+    def __init__(self, prompt: _Prompt, retry: Retry, *settings: Any) -> None:
+        request, _ = prompt.request("start", Answer())
+        facts = {"model": prompt.model, "dialect": prompt.dialect.name}
+        super().__init__(request, facts, *settings)
         self.prompt = prompt
         self.retry = retry
-        self.seen_by_nobody = False
-        self.sees_deltas = False
-        self.spent = 0  # requests that count against Retry.attempts
-        self.failures = 0  # in a row, without progress
-        self.slow_starts = 0
-        self.is_stuck = False  # no action would be right, however many are allowed
-        self.lacks_time = False  # to wait for another request
+        self.headers: Mapping[str, str] = {}
+        self.answer = Answer(self.limits)
+        self.sees_deltas = False  # the caller, and not text alone
+        self.seen_by_nobody = False  # before it is whole
+        self._intake: _Intake | None = None
+        self._progress = 0  # of the answer, before the present read
+        self._seams: list[int] = []
+        self._spent = 0  # requests that count against Retry.attempts
+        self._failures = 0  # in a row, without progress
+        self._slow_starts = 0
+        self._is_stuck = False  # no action would be right, however many are allowed
+        self._lacks_time = False  # to wait for another request
         # What cut the answer: raised if its resumption is refused.
         self._drop: StreamingError | None = None
 
-    @property
-    def mode(self) -> ResumeMode:
-        """The caller's ``resume``; a function is a way to continue."""
-        return "continue" if callable(self.prompt.resume) else self.prompt.resume
-
-    def decide(
-        self, error: StreamingError, action: str, answer: Answer
-    ) -> tuple[str, StreamingError]:
-        """Return the next action, and the error to raise if it is ``raise``."""
-        self.slow_starts += is_slow_start(error)
-        now = self.situation(answer)
-        if action == "reattach" and error.phase == "request":
-            now = now._replace(reattaching=True)
-        self._count_failure(action, answer)
-        if self._is_refusal(error, action, answer) and self._drop is not None:
-            self.is_stuck = True
-            return self._after_refusal(now), self._drop
-        choice = choose_action(self.mode, error, now)
-        if answer.started or self._drop is None:
-            self._drop = error
-        self.is_stuck = choice == "raise"
-        if choice != "raise" and self.spent >= self.retry.attempts:
-            choice = "raise"
-        return choice, error
-
-    def _count_failure(self, action: str, answer: Answer) -> None:
-        """Count failures in a row: what has brought something ends the row."""
-        went_on = action == "reattach" and answer.resumed_at is None
-        if went_on:
-            self.spent = 1
-        if went_on or answer.started:
-            self.failures = 0
-        self.failures += 1
-
-    def _is_refusal(self, error: StreamingError, action: str, answer: Answer) -> bool:
-        fatal = isinstance(error, APIError) and not error.retryable
-        return fatal and action in _RESUMES and not answer.started
-
-    def _after_refusal(self, now: Situation) -> str:
-        if self.spent >= self.retry.attempts:
-            return "raise"
-        if not now.handed:
-            return "retry"
-        return "restart" if now.seen_by_nobody else "raise"
-
-    def situation(self, answer: Answer) -> Situation:
-        """What a decision about this answer depends on."""
-        prompt, body = self.prompt, self.prompt.body
-        text = answer.received.text
-        side = answer.sides() if self.sees_deltas else {}
-        called = bool(answer.calls_begun)
-        strange = (called and self.sees_deltas) or bool(
-            [key for key in side if key[0] != "reasoning"]
-        )
-        return Situation(
-            handed=bool(text or side or (called and self.sees_deltas)),
-            finished=prompt.has_finished(answer),
-            seen_by_nobody=self.seen_by_nobody,
-            has_text=bool(text),
-            kept=not answer.received.dropped,
-            only_text=not strange,
-            verifiable=not (called and self.sees_deltas),
-            one_choice=_choice_count(body) == 1 and not answer.texts(),
-            tool_call=called,
-            reasoning=answer.last_kind == "reasoning",
-            constrained=_is_constrained(body),
-            repeatable=_is_repeatable(body),
-            reattachable=body.get("background") is True
-            and prompt.dialect.reattach_url(prompt.url, answer) is not None,
-            exact=prompt.can_continue(text),
-            slow_starts=self.slow_starts,
-        )
-
-    def wait_for(self, error: StreamingError, left: float) -> float:
-        """Seconds to wait before the next request.
-
-        :param left: seconds that are left of the whole call.
-        :returns: the wait; infinite if there is no time for it.
-        """
-        asked = getattr(error, "retry_after", None)
-        if asked is None:
-            wait = draw_wait(self.retry, self.failures, random.random())
-            self.lacks_time = wait >= left
-        else:
-            wait = asked if asked <= self.retry.retry_after_max else _NEVER
-        return wait if wait < left else _NEVER
-
-
-#: What stands in the optional part of the file and is asked for by an argument.
-_OPTIONAL: dict[str, Callable[..., Any]] = {}
-
-if TYPE_CHECKING:
-    Opener = Callable[[_Request, _Deadlines, _Guard], Any]
-
-
-def _opener(session: requests.Session | None) -> Opener:
-    def opener(request: _Request, deadlines: _Deadlines, guard: _Guard) -> _Exchange:
-        return _Exchange(session, request, deadlines, guard)
-
-    return opener
-
-
-class _Loop:
-    """What chats and event streams share: handing out, closing, failing.
-
-    :param opener: makes the exchange for a request.
-    """
-
-    #: Which hook is told of each item that is handed out.
-    _item_hook = "token"
-
-    def __init__(
-        self,
-        opener: Opener,
-        timeouts: Timeouts,
-        limits: Limits,
-        observers: tuple[Observer, ...],
-    ) -> None:
-        self.limits = limits
-        self.reporter = _Reporter(observers)
-        self.ledger = _Ledger()
-        self.headers: Mapping[str, str] = {}
-        self.items: Iterator[Any] = iter(())
-        self.failure: Exception | None = None
-        self.closed = False
-        self.was_seen = False  # by a loop over all kinds of pieces, not text alone
-        self._request: _Request | None = None
-        self._unsaid = b""  # the end of what was read: perhaps a secret's beginning
-        self._timeouts = timeouts
-        self._open = opener
-        self._deadlines = _Deadlines(timeouts, _now())
-        self._guard: _Guard | None = None
-        # Released by close(): a lock, for a signal handler may call that while its
-        # thread waits, and would find the inner lock of an Event taken.
-        self._closing = threading.Lock()
-        self._closing.acquire()
-        # The threads that called close(): the first one did it.  Not their numbers,
-        # which are used again.
-        self._closers: list[threading.Thread] = []
-        self._reading_thread = threading.current_thread()
-        self._has_begun = False
-        self._is_over = False
-        self._source: Any = self._batches()
-
-    # -- what a kind of stream defines
-
-    def _batches(self) -> Generator[list[Any]]:
-        """Requests, one after the other; a batch for each read."""
-        raise NotImplementedError
-
-    def _tell_item(self, item: Any) -> None:
-        """Tell the observers of an item that is handed out."""
-        raise NotImplementedError
-
-    def _note_batch(self, batch: list[Any], position: Iterator[Any]) -> None:
-        """A batch begins to be handed out."""
-
-    def _complete_error(self, error: StreamingError) -> None:
-        """Put on the error what was received."""
-
-    # -- what the public streams call
-
-    def pull(self) -> bool:
-        """Make the next batch the present one; False at the end."""
-        self._reading_thread = threading.current_thread()
-        self.raise_again()
-        batch = next(self._source, None)
-        if batch is None:
-            return False
-        position = iter(batch)
-        self._note_batch(batch, position)
-        watched = self._item_hook in self.reporter.wanted
-        self.items = self._told(batch, position) if watched else position
-        return True
-
-    def check_closed(self) -> bool:
-        """Whether the stream is closed; raises if another thread did it."""
-        self.raise_again()
-        if self.closed and not self._is_closed_by_reader and not self._is_over:
-            error = StreamAbortedError(_CLOSED)
-            if self.ledger.exchange is not None:  # closed between two of its reads
-                self._record(error)
-            self._fail(error)
-        return self.closed
-
-    def raise_again(self) -> None:
-        """A stream that failed does not look like one that has ended."""
-        if self.failure is not None:
-            raise self.failure
-
-    def close(self) -> None:
-        """End the stream, from any thread."""
-        if self.closed or self._is_over:
-            return
-        thread = threading.current_thread()
-        self._closers.append(thread)
-        self.closed = True
-        self.ledger.end()
-        with contextlib.suppress(RuntimeError):  # two threads may close it at once
-            self._closing.release()
-        guard = self._guard
-        if guard is not None:
-            guard.fire("closed")
-        if self._closers[0] is thread is self._reading_thread and self._has_begun:
-            self.leave()
-
-    def __enter__(self) -> None:
-        """A loop over the stream begins."""
-
-    def __exit__(
-        self, kind: object, error: BaseException | None, trace: object
-    ) -> None:
-        """It ends: whatever ends it passes here."""
-        if error is None or isinstance(error, GeneratorExit):
-            self.leave()
-            return
-        _clear_frames(error)
-        # Of the caller's too: a key, an observer, Ctrl-C.  The stream is over then, and
-        # must not look complete; but a reader that came on top of another one, and is
-        # refused, has ended nothing.
-        if self.failure is None and not self._source.gi_running:
-            self.failure = self._lasting(error)
-        self.leave()
-
-    def _lasting(self, error: BaseException) -> Exception:
-        """What later loops raise."""
-        if isinstance(error, Exception):
-            return error
-        self.ledger.end()
-        cut = StreamAbortedError(
-            f"the loop was cut by {type(error).__name__}",
-            history=tuple(self.ledger.history),
-        )
-        self._complete_error(cut)
-        return cut
-
-    def leave(self) -> None:
-        """The reader leaves: let go of the connection."""
-        try:
-            self._source.close()
-        except ValueError as error:
-            # A signal handler or an observer closes the stream inside of the loop,
-            # which is going to see it.
-            logger.debug("closed from within: %s", error)
-            return
-        if not self._is_over:
-            self.closed = True
-            why = "the caller left before the end"
-            self._end("error", why, StreamAbortedError(why))
-
-    # -- steps of the loop
-
-    @property
-    def _is_closed_by_reader(self) -> bool:
-        own = [threading.current_thread()]
-        return self.closed and self._closers[:1] in ([], own)
-
-    def _begin(self, facts: dict[str, Any], request: _Request) -> None:
-        now = _now()
-        self.ledger.started = self.reporter.started = now
-        self._deadlines = _Deadlines(self._timeouts, now)
-        self._has_begun = True
-        facts = {**facts, "url": request.shown_url}
-        self.reporter.tell("start", "to " + request.shown_url, facts)
-
-    def _new_exchange(self, request: _Request) -> Any:
-        """Count and announce a request; it is sent by the exchange's open()."""
-        guard = self._guard = _Guard()
-        if self.closed:
-            guard.verdict = "closed"
-        self.ledger.begin_request()
-        self.reporter.attempt = self.ledger.requests
-        self.reporter.note_hooks()
-        self._deadlines.send(_now())
-        facts = {
-            "method": request.method,
-            "url": request.shown_url,
-            "action": request.action,
-            "headers": _shown_headers(request.headers),
-            "body_bytes": len(request.data or b""),
-        }
-        why = f"{request.action} by {request.method}"
-        self.reporter.tell("request", why, facts)
-        self.ledger.exchange = self._open(request, self._deadlines, guard)
-        return self.ledger.exchange
-
-    def _note_response(self, exchange: Any) -> None:
-        self.headers = exchange.headers
-        request = cast(_Request, self._request)
-        self._request = request._replace(secrets=exchange.secrets)
-        facts = {"status": exchange.status, "headers": _shown_headers(self.headers)}
-        self.reporter.tell("response", f"HTTP status {exchange.status}", facts)
-
-    def _tell_chunk(self, chunk: bytes) -> None:
-        """Tell of bytes as they may be kept: observers write them into files."""
-        chunk, self._unsaid = _masked(self._unsaid + chunk, self._secrets)
-        self._tell_bytes(chunk)
-
-    def _tell_bytes(self, chunk: bytes) -> None:
-        if chunk:
-            self.reporter.tell("chunk", f"{len(chunk)} bytes", chunk)
-
-    def _named(self, event: ServerSentEvent) -> ServerSentEvent:
-        """The event as its observers see it: its type is shown, its data is not."""
-        return event._replace(event=_one_line(_hidden(event.event, self._secrets)))
-
-    @property
-    def _secrets(self) -> tuple[str, ...]:
-        return self._request.secrets if self._request else ()
-
-    def _close_exchange(self, exchange: Any) -> None:
-        self._guard = None
-        self.ledger.end_request()
-        exchange.close()
-        rest, self._unsaid = _masked_rest(self._unsaid), b""
-        self._tell_bytes(rest)
-
-    def _told(self, batch: list[Any], position: Iterator[Any]) -> Iterator[Any]:
-        """Tell the observers of each item, just before it is handed out."""
-        for item in batch:
-            self._tell_item(item)
-            yield next(position)
-
-    def _record(self, error: StreamingError) -> None:
-        """Note what ended a request; raise if the stream was closed."""
-        request = cast(_Request, self._request)
-        message = self._redact(error)
-        self.ledger.record(request.action, type(error).__name__, message)
-        if isinstance(error, StreamAbortedError):
-            self._fail(error)
-        self.check_closed()
-
-    def _redact(self, error: StreamingError) -> str:
-        """Take out the secrets that a server has echoed; return the message."""
-        _clear_frames(error)
-        error.__traceback__ = None  # it begins anew where it is raised for good
-        message = _one_line(_hidden(str(error), self._secrets))
-        error.args = (message,)
-        facts = vars(error)
-        for name in set(facts) - {"text", "result"}:  # the answer is what it is
-            facts[name] = _hidden_in(facts[name], self._secrets)
-        return message
-
-    def _wait(self, error: StreamingError, action: str, wait: float) -> None:
-        """Announce another request, and wait for its time."""
-        self.ledger.note_wait(wait)
-        message = self.ledger.history[-1].message
-        why = f"{action} in {wait:.1f} s after {message}"
-        logger.warning("request %d: %s", self.ledger.requests, why)
-        facts = {"error": error, "wait": wait, "action": action}
-        self.reporter.tell("retry", why, facts)
-        if action == "restart":
-            self.reporter.tell("restart", why, facts)
-        _pause(self._closing, wait)
-
-    def _end(self, what: str, why: str, data: Any) -> None:
-        self._is_over = True
-        self.ledger.end()
-        if self._has_begun:
-            self.reporter.tell(what, why, data)
-
-    def _fail(self, error: StreamingError) -> NoReturn:
-        """Complete the error with all that is known, and raise it."""
-        self.ledger.end()
-        self._complete_error(error)
-        self._redact(error)
-        error.history = tuple(self.ledger.history)
-        self.failure = error
-        self._end("error", str(error), error)
-        raise error
-
-
-def _handed_out(loop: _Loop) -> Iterator[Any]:
-    # A generator that holds the loop, not the public stream: so a for statement over
-    # an unnamed stream drops it, and closes the connection, when it is left.
-    with loop:
-        while not (loop.closed and loop.check_closed()):
-            items = loop.items
-            for item in items:
-                yield item
-                if loop.closed and loop.check_closed():
-                    return
-            item = None  # this frame is in the traceback of what follows
-            # Texts and deltas may be read in turns: the other one may have gone on.
-            if loop.items is items and not loop.pull():
-                return
-            loop.was_seen = True
-
-
-class _Chat(_Loop):
-    """The loop of one call: requests, reads, and what comes of them."""
-
-    def __init__(
-        self,
-        prompt: _Prompt,
-        recovery: _Recovery,
-        opener: Opener,
-        timeouts: Timeouts,
-        limits: Limits,
-        observers: tuple[Observer, ...],
-        entry: Any = None,
-    ) -> None:
-        super().__init__(opener, timeouts, limits, observers)
-        self.prompt = prompt
-        self.recovery = recovery
-        self.entry = entry  # in a journal
-        self.answer = Answer(limits)
-        self._view: tuple[int, Iterator[Piece], list[Piece]] = (0, iter(()), [])
-
-    @property
-    def characters(self) -> int:
-        """How many characters of text were handed out."""
-        total, position, batch = self._view
-        rest = batch[len(batch) - operator.length_hint(position) :]
-        return total - sum(len(piece) for piece in rest if isinstance(piece, str))
+    # -- what was received
 
     @property
     def text(self) -> str:
         """The text that was handed out, as far as it is kept."""
-        return self.answer.received.text[: self.characters]
+        return self.answer.received.text[: self.handed]
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether a finish reason was seen that is the last word."""
+        return self.prompt.dialect.finish_is_final and self.answer.finished
 
     def stats(self) -> StreamStats:
-        """The counts so far."""
-        return self.ledger.stats(self.answer)
+        stats, answer = super().stats(), self.answer
+        return stats._replace(
+            malformed=stats.malformed + answer.malformed,
+            events=stats.events + (self._intake.events if self._intake else 0),
+            deltas=stats.deltas + answer.deltas,
+            cut_tool_calls=answer.cut_calls,
+            text_dropped=answer.dropped,
+        )
 
     def result(self) -> ChatResult:
         """What was received so far."""
-        answer, text, usage = self.answer, self.text, self.answer.usage
+        answer, text, secrets = self.answer, self.text, self.log.secrets
+        usage = answer.usage
         reason, raw = answer.finishes.get(0, (None, None))
         return ChatResult(
             text=text,
@@ -6469,84 +6470,60 @@ class _Chat(_Loop):
             choices={0: text, **answer.texts()},
             message=self.prompt.dialect.message(answer, text),
             finish_reason=reason,
-            raw_finish_reason=_hidden_in(raw, self._secrets),
-            usage=usage and usage._replace(raw=_hidden_in(usage.raw, self._secrets)),
-            model=_hidden_in(answer.model, self._secrets),
-            id=_hidden_in(answer.id, self._secrets),
+            raw_finish_reason=_hidden_in(raw, secrets),
+            usage=usage and usage._replace(raw=_hidden_in(usage.raw, secrets)),
+            model=_hidden_in(answer.model, secrets),
+            id=_hidden_in(answer.id, secrets),
             headers=self.headers,
-            history=tuple(self.ledger.history),
-            seams=tuple(self.ledger.seams),
+            history=tuple(self.log.history),
+            seams=tuple(self._seams),
             stats=self.stats(),
         )
 
-    # -- the loop
+    # -- one request
 
-    def _batches(self) -> Generator[list[Piece]]:
-        prompt = self.prompt
-        self._request, _ = prompt.request("start", self.answer)
-        facts = {"model": prompt.model, "dialect": prompt.dialect.name}
-        self._begin(facts, self._request)
-        is_whole = self.entry is not None and (yield from self._recall(self.entry))
-        if not is_whole and self.check_closed():
-            return
-        while not is_whole:
-            self._request = prompt.with_key(self._request)
-            try:
-                yield from self._exchange(self._request)
-                is_whole = True
-                self.ledger.record(self._request.action, "", "", self.answer.usage)
-            except StreamingError as error:
-                if self._is_closed_by_reader:
-                    return
-                self._recover(error)
-            if not is_whole and self.check_closed():  # in the wait: no request more
-                return
-        self.ledger.end()
-        result = self.result() if self.reporter.observers else None
-        self._end("complete", "the answer is complete", result)
+    def next_request(self) -> _Request:
+        self._spent += 1
+        return self.prompt.with_key(self.request)
 
-    def _exchange(self, request: _Request) -> Iterator[list[Piece]]:
-        """One request, and the pieces that its response brings."""
-        self.recovery.spent += 1
-        self.answer.expected = _choice_count(self.prompt.body)
-        exchange = self._new_exchange(request)
-        intake = self._new_intake()
-        self.ledger.intake = intake
-        try:
-            exchange.open()
-            self._note_response(exchange)
-            exchange.check_status()
-            yield from self._receive(exchange, intake)
-        finally:
-            self._close_exchange(exchange)
+    def open_body(self, exchange: Any) -> Callable[[bytes], list[Piece]]:
+        self.headers = exchange.headers
+        exchange.check_status()
+        watched = "event" in self.log.wanted
+        self._progress = self.answer.progress
+        return self.new_intake(self.log.note_event if watched else None).feed
 
-    def _receive(self, exchange: Any, intake: _Intake) -> Iterator[list[Piece]]:
-        answer, wanted = self.answer, self.reporter.wanted
-        while not answer.ended:
-            try:
-                chunk = exchange.read(_now())
-            except (StreamConnectionError, StreamTimeoutError):
-                if not self.prompt.has_finished(answer):
-                    raise
-                break
-            if "chunk" in wanted:
-                self._tell_chunk(chunk)
-            moved = answer.progress
-            pieces = intake.feed(chunk) if chunk else intake.end()
-            now = _now()
-            if pieces:
-                if not self._deadlines.has_begun:
-                    self._note_begin()
-                yield pieces
-            if answer.progress != moved:
-                self._note_progress(now)
-            self._deadlines.skip(_now() - now)
-            if answer.error is not None:
-                raise answer.error
-            if not chunk:
-                break
+    def new_intake(
+        self, on_event: Callable[[ServerSentEvent], None] | None = None
+    ) -> _Intake:
+        """What reads the body of the next response into the answer."""
+        if self._intake is not None:
+            self.log.events += self._intake.events
+        answer = self.answer
+        answer.expected = _choice_count(self.prompt.body)
+        self._intake = _Intake(self.prompt.dialect, answer, self.limits, on_event)
+        return self._intake
+
+    def settle(self, now: float) -> bool:
+        answer = self.answer
+        if answer.progress != self._progress:
+            self._progress = answer.progress
+            deadlines = self.deadlines
+            deadlines.move(now, self.exchange.bytes)
+            if answer.started:
+                deadlines.has_begun = True
+            if answer.finishes and self.has_finished:
+                deadlines.expect_end(now)
+            if answer.seam is not None and answer.seam.is_over:
+                answer.seam = None
+        if answer.error is not None:
+            raise answer.error
+        return not answer.ended
+
+    def end_response(self) -> list[Piece]:
+        answer = self.answer
         if answer.ended:
-            exchange.drain()
+            self.exchange.drain()
         elif not answer.finished:
             raise IncompleteStreamError(
                 "the stream ended without its end marker or a finish reason: the "
@@ -6554,289 +6531,222 @@ class _Chat(_Loop):
                 retryable=True,
             )
         answer.settle()
-        rest = answer.take()
-        if rest:
-            yield rest
+        return answer.take()
 
-    def _new_intake(self) -> _Intake:
-        tell = self.reporter.tell
+    def tell_item(self, item: Piece) -> None:
+        delta = _as_delta(item)
+        self.log.tell("token", delta.kind, delta)
 
-        def on_event(event: ServerSentEvent) -> None:
-            event = self._named(event)
-            why = f"{event.event} of {len(event.data)} characters"
-            tell("event", why, event)
-
-        hook = on_event if "event" in self.reporter.wanted else None
-        return _Intake(self.prompt.dialect, self.answer, self.limits, hook)
-
-    def _note_begin(self) -> None:
-        if self.answer.started:
-            self._deadlines.has_begun = True
-            self.ledger.note_first_token()
-
-    def _note_progress(self, now: float) -> None:
-        # Behind the yield, for until then it would only keep the caller waiting.
-        answer = self.answer
-        self._deadlines.move(now, self.ledger.exchange.bytes)
-        if answer.started:
-            self._deadlines.has_begun = True
-        if answer.finishes and answer.finished:
-            self._note_finish(now)
-        if answer.seam is not None and answer.seam.is_over:
-            answer.seam = None
-
-    def _note_finish(self, now: float) -> None:
-        if self.prompt.dialect.finish_is_final:
-            self._deadlines.expect_end(now)
-
-    def _note_batch(self, batch: list[Piece], position: Iterator[Piece]) -> None:
-        received = self.answer.received
-        self._view = (received.kept + received.dropped, position, batch)
-
-    def _tell_item(self, item: Piece) -> None:
-        delta = item if isinstance(item, Delta) else Delta("text", item)
-        self.reporter.tell("token", delta.kind, delta)
-
-    # -- after a failure
-
-    def _recover(self, error: StreamingError) -> None:
-        """Prepare the next request, and wait for its time; or raise."""
-        error.phase = error.phase or self._phase()
-        self._record(error)
-        self.ledger.note_usage(self.answer.usage)
-        action = cast(_Request, self._request).action
-        action, final = self.recovery.decide(error, action, self.answer)
-        if action == "raise":
-            self._fail(final)
-        wait = self.recovery.wait_for(error, self._deadlines.left(_now()))
-        if wait == _NEVER:
-            self._fail(error)
-        self._prepare(action, final)
-        self._wait(error, action, wait)
-
-    def _phase(self) -> str:
-        if self.prompt.has_finished(self.answer):
+    def phase(self) -> str:
+        if self.has_finished:
             return "end"
         return "stream" if self.answer.started else "first token"
 
-    def _prepare(self, action: str, drop: StreamingError) -> None:
-        """Make the next request, and the answer that it writes into."""
+    def usage(self) -> Usage | None:
+        return self.answer.usage
+
+    # -- after a drop
+
+    @property
+    def _mode(self) -> ResumeMode:
+        """The caller's ``resume``; a function is a way to continue."""
+        return "continue" if callable(self.prompt.resume) else self.prompt.resume
+
+    def decide(self, error: StreamingError) -> tuple[str, StreamingError]:
+        answer, request = self.answer, self.log.request
+        action = request.action if request else "start"
+        self._slow_starts += is_slow_start(error)
+        now = self.situation()
+        if action == "reattach" and error.phase == "request":
+            now = now._replace(reattaching=True)
+        went_on = action == "reattach" and answer.resumed_at is None
+        if went_on:
+            self._spent = 1
+        if went_on or answer.started:  # what has brought something ends the row
+            self._failures = 0
+        self._failures += 1
+        is_fatal = isinstance(error, APIError) and not error.retryable
+        is_refused = is_fatal and action in _RESUMES and not answer.started
+        if is_refused and self._drop is not None:
+            self._is_stuck, error = True, self._drop
+            over_again = "restart" if now.seen_by_nobody else "raise"
+            choice = over_again if now.handed else "retry"
+        else:
+            choice = choose_action(self._mode, error, now)
+            if answer.started or self._drop is None:
+                self._drop = error
+            self._is_stuck = choice == "raise"
+        return ("raise" if self._spent >= self.retry.attempts else choice), error
+
+    def situation(self) -> Situation:
+        """What a decision about this answer depends on."""
+        prompt, body, answer = self.prompt, self.prompt.body, self.answer
+        text = answer.received.text
+        side = answer.sides() if self.sees_deltas else {}
+        called = bool(answer.calls_begun)
+        saw_call = called and self.sees_deltas
+        return Situation(
+            handed=bool(text or side or saw_call),
+            finished=self.has_finished,
+            seen_by_nobody=self.seen_by_nobody,
+            has_text=bool(text),
+            kept=not answer.received.dropped,
+            only_text=not saw_call and all(kind == "reasoning" for kind, _ in side),
+            verifiable=not saw_call,
+            one_choice=_choice_count(body) == 1 and not answer.texts(),
+            tool_call=called,
+            reasoning=answer.last_kind == "reasoning",
+            constrained=_is_constrained(body),
+            repeatable=_is_repeatable(body),
+            reattachable=body.get("background") is True
+            and prompt.dialect.reattach_url(prompt.url, answer) is not None,
+            exact=prompt.can_continue(text),
+            slow_starts=self._slow_starts,
+        )
+
+    def wait_for(self, error: StreamingError, left: float) -> float:
+        wait: float | None = getattr(error, "retry_after", None)
+        if wait is None:
+            wait = draw_wait(self.retry, self._failures, random.random())
+            self._lacks_time = wait >= left
+        elif wait > self.retry.retry_after_max:
+            return _NEVER
+        return wait if wait < left else _NEVER
+
+    def prepare(self, action: str, drop: StreamingError) -> None:
         try:
             request, seam = self.prompt.request(action, self.answer)
         except IncompleteStreamError as error:
             drop.args = (f"{drop}; {error}",)
-            self._fail(drop)
-        self._take_over(action, request, seam)
+            self.fail(drop)
+        self.go_on(action, request, seam)
 
-    def _take_over(self, action: str, request: _Request, seam: Seam | None) -> None:
-        """Make it the present request; what it brings goes on at the seam."""
-        old = self.answer
-        self._request = request
+    def go_on(self, action: str, request: _Request, seam: Seam | None) -> None:
+        """Make it the next request; what it brings goes on at the seam."""
+        answer, log, seams = self.answer, self.log, self._seams
+        self.request = request
         if action in _RESUMES:
-            self.ledger.note_seam(old.received.kept)
+            if seams[-1:] != [answer.received.kept]:
+                seams.append(answer.received.kept)
+            del seams[:-_HISTORY_KEPT]
         if action == "reattach":
-            old.reattach()
+            answer.reattach()
         elif action in ("continue", "ask"):
-            old.forget_calls()
-            old.new_request(seam)
+            answer.forget_calls()
+            answer.new_request(seam)
         else:
-            self._start_over(action)
+            log.deltas += answer.deltas
+            log.malformed += answer.malformed
+            if action == "replay":  # the text that is known stays
+                if not self.sees_deltas:
+                    answer.forget_sides()
+                self.answer = answer.again()
+            else:
+                self.start_over()
 
-    def _start_over(self, action: str) -> None:
-        """A new answer; in a replay, the text that is known stays."""
-        old = self.answer
-        self.ledger.forget(old)
-        if action == "replay":
-            if not self.recovery.sees_deltas:
-                old.forget_sides()
-            self.answer = old.again()
-        else:
-            self._begin_anew()
-
-    def _begin_anew(self) -> None:
-        """An answer of which nothing is known yet."""
+    def start_over(self) -> None:
+        """Begin an answer of which nothing is known yet."""
         self.answer = Answer(self.limits)
-        self._view = (0, iter(()), [])
-        self.ledger.seams.clear()
+        self.handed = 0
+        self._seams.clear()
 
-    # -- with a journal
+    # -- errors
 
-    def _recall(self, entry: Any) -> Generator[list[Piece], None, bool]:
-        """Hand out what an earlier run of the same request received.
-
-        :returns: whether that was the whole answer; if not, the next request is made.
-        """
-        if not self._open_entry(entry):
-            return False
-        received = self._relive(entry.records())
-        if entry.is_whole:
-            yield from self._recall_whole(received)
-            return True
-        # Nothing is handed out before it is known whether it can go on.
-        pieces = [piece for batch in received for piece in batch]
-        if self._is_whole_but_unmarked():
-            yield from self._recall_whole([pieces])
-            return True
-        resumption = self._resumption()
-        if resumption is None:
-            entry.forget()
-            self._request, _ = self.prompt.request("start", self.answer)
-            self._begin_anew()
-            return False
-        if pieces:
-            self.ledger.note_first_token()
-            yield pieces
-        self._take_over(*resumption)
-        return False
-
-    def _open_entry(self, entry: Any) -> bool:
-        """Open it; False if the reader closed the stream meanwhile."""
-        try:
-            entry.open(self._may_wait)
-        except OSError:
-            if self.check_closed():
-                return False
-            due, kind = self._deadlines.read(_now())
-            if _now() < due:
-                raise
-            message = f"the {kind} timeout passed: others kept the journal locked"
-            retryable = kind != "total"
-            self._fail(StreamTimeoutError(message, kind=kind, retryable=retryable))
-        return True
-
-    def _may_wait(self) -> bool:
-        """Whether there is time to wait for a lock on the journal."""
-        now = _now()
-        return not self.closed and now < self._deadlines.read(now)[0]
-
-    def _is_whole_but_unmarked(self) -> bool:
-        """Whether that run was killed between the answer's last byte and noting it."""
-        answer = self.answer
-        finished = answer.error is None and self.prompt.has_finished(answer)
-        return answer.ended or finished
-
-    def _recall_whole(self, received: Iterable[list[Piece]]) -> Generator[list[Piece]]:
-        self.ledger.note_first_token()
-        yield from received
-        answer = self.answer
-        if answer.error is not None or not (answer.ended or answer.finished):
-            damage = MalformedStreamError("the answer in the journal is damaged")
-            self._fail(answer.error or damage)
-        answer.settle()
-        yield answer.take()
-
-    def _relive(self, records: Iterable[tuple[str, Any]]) -> Iterator[list[Piece]]:
-        """Read again what was received; it brings the same pieces."""
-        intake = None
-        for kind, value in records:
-            if self.answer.error is not None and kind != "request":
-                continue
-            if kind == "request":
-                try:
-                    self._relive_request(value)
-                except IncompleteStreamError as error:  # resume= is another one now
-                    self.answer.fail(error)
-                    return
-                intake = _Intake(self.prompt.dialect, self.answer, self.limits)
-            elif kind == "response":
-                self.headers = CaseInsensitiveDict(value)
-            elif intake is not None:
-                yield intake.feed(value) if value else intake.end()
-
-    def _relive_request(self, action: str) -> None:
-        if action in _RESUMES:
-            self._take_over(action, *self.prompt.request(action, self.answer))
-        self.answer.expected = _choice_count(self.prompt.body)
-
-    def _resumption(self) -> tuple[str, _Request, Seam | None] | None:
-        """How the rest of the answer may be asked for, if there is a way."""
-        cut = self.answer.error or StreamConnectionError(
-            "the run that began this answer was cut off", phase="stream", retryable=True
+    def complete_error(self, error: StreamingError) -> None:
+        log = self.log
+        error.phase = error.phase or self.phase()
+        where = (
+            f"(after {self.handed} characters of text and {_now() - log.started:.1f} s, "
+            f"request {log.requests} of {self.retry.attempts})"
         )
-        action, _ = self.recovery.decide(cut, "start", self.answer)
-        if action not in _RESUMES:
-            return None
-        try:
-            return (action, *self.prompt.request(action, self.answer))
-        except IncompleteStreamError as error:
-            logger.info("%s: it starts over", error)
-            return None
-
-    def _complete_error(self, error: StreamingError) -> None:
-        error.phase = error.phase or self._phase()
-        error.args = (f"{error} {_progress_note(self)}" + _advice(self, error),)
+        error.args = (f"{error} {where}{self._advice(error)}",)
         error.text = self.text
         error.result = self.result()
 
-
-def _progress_note(chat: _Chat) -> str:
-    seconds = _now() - chat.ledger.started
-    return (
-        f"(after {chat.characters} characters of text and {seconds:.1f} s, request "
-        f"{chat.ledger.requests} of {chat.recovery.retry.attempts})"
-    )
-
-
-def _advice(chat: _Chat, error: StreamingError) -> str:
-    """What the caller can do about it."""
-    asked = getattr(error, "retry_after", None)
-    if asked is not None and error.retryable:
-        return f"; the server asks to wait {asked:.0f} s"
-    if chat.recovery.lacks_time:
-        return "; Timeouts(total=...) leaves no time to wait for another request"
-    if getattr(error, "status", None) in (401, 403) and chat.prompt.key is None:
-        return (
-            "; no key was sent: a key from the environment goes only to the "
-            "provider's own address, pass api_key=..."
+    def _advice(self, error: StreamingError) -> str:
+        """What the caller can do about it."""
+        asked = getattr(error, "retry_after", None)
+        if asked is not None and error.retryable:
+            return f"; the server asks to wait {asked:.0f} s"
+        if self._lacks_time:
+            return "; Timeouts(total=...) leaves no time to wait for another request"
+        if getattr(error, "status", None) in (401, 403) and self.prompt.key is None:
+            return (
+                "; no key was sent: a key from the environment goes only to the "
+                "provider's own address, pass api_key=..."
+            )
+        if is_slow_start(error) and self._slow_starts > _SLOW_STARTS:
+            return "; it is not asked once more, since each request is billed whole"
+        is_cut = error.retryable and self.text and not self.has_finished
+        if not (is_cut and self._is_stuck):
+            return ""
+        # Which resume= could go on from the answer, or why none can.
+        now, mode = self.situation(), self._mode
+        if not now.kept:
+            return f"; {find_obstacle(mode, now)} to resume it"
+        if mode in ("never", "reattach"):
+            return ""
+        obstacle = find_obstacle("continue" if mode == "auto" else mode, now)
+        if mode != "auto":
+            return (
+                f"; resume={mode!r} cannot go on from it: {obstacle}"
+                if obstacle
+                else ""
+            )
+        advice = (
+            "; this answer cannot be resumed without a doubtful seam: see resume="
+            "'continue', 'ask' or 'replay', or use complete_chat"
         )
-    if is_slow_start(error) and chat.recovery.slow_starts > _SLOW_STARTS:
-        return "; it is not asked once more, since each request is billed whole"
-    finished = chat.prompt.has_finished(chat.answer)
-    if error.retryable and chat.text and chat.recovery.is_stuck and not finished:
-        return _resume_advice(chat)
-    return ""
-
-
-def _resume_advice(chat: _Chat) -> str:
-    """Which ``resume=`` could go on from the answer, or why none can."""
-    now, mode = chat.recovery.situation(chat.answer), chat.recovery.mode
-    if not now.kept:
-        return f"; {find_obstacle(mode, now)} to resume it"
-    if mode in ("never", "reattach"):
-        return ""
-    obstacle = find_obstacle("continue" if mode == "auto" else mode, now)
-    if mode != "auto":
-        return f"; resume={mode!r} cannot go on from it: {obstacle}" if obstacle else ""
-    advice = (
-        "; this answer cannot be resumed without a doubtful seam: see resume="
-        "'continue', 'ask' or 'replay', or use complete_chat"
-    )
-    if not obstacle:
-        return advice
-    return f"{advice} ('continue' and 'ask' cannot go on from it: {obstacle})"
-
-
-def _texts(chat: _Chat) -> Iterator[str]:
-    # As _handed_out, for the one kind of piece that has to be fast.
-    with chat:
-        while not (chat.closed and chat.check_closed()):
-            items = chat.items
-            for piece in items:
-                if piece.__class__ is not str:
-                    continue
-                yield piece
-                if chat.closed and chat.check_closed():
-                    return
-            piece = ""  # this frame is in the traceback of what follows
-            if chat.items is items and not chat.pull():
-                return
+        if not obstacle:
+            return advice
+        return f"{advice} ('continue' and 'ask' cannot go on from it: {obstacle})"
 
 
 def _as_delta(piece: Piece) -> Delta:
     return piece if isinstance(piece, Delta) else Delta("text", piece)
 
 
-class ChatStream:
+_Item = TypeVar("_Item")
+_Self = TypeVar("_Self")
+
+
+class _Stream(Generic[_Item]):
+    """What the public streams share: they are iterators, and can be closed."""
+
+    def __init__(self, call: Any, skipped: type | None) -> None:
+        self._call = call
+        self._items: Iterator[_Item] = call.hand_out(skipped)
+
+    def __iter__(self) -> Iterator[_Item]:
+        self._call.raise_again()
+        return self._items
+
+    def __next__(self) -> _Item:
+        self._call.raise_again()
+        return next(self._items)
+
+    def __enter__(self: _Self) -> _Self:  # noqa: PYI019  (Self needs Python 3.11)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the stream: from any thread, any number of times.
+
+        A reader that is blocked in another thread wakes at once and raises
+        :exc:`StreamAbortedError`; a loop closed by its own thread just ends.
+        """
+        self._call.close()
+
+    @property
+    def stats(self) -> StreamStats:
+        """Counts, live and after the end."""
+        stats: StreamStats = self._call.stats()
+        return stats
+
+
+class ChatStream(_Stream[str]):
     """The answer of a model, as it comes: an iterator of ``str``.
 
     Made by :func:`stream_chat`.  Nothing is sent before the first ``next()``.  A loop
@@ -6845,36 +6755,20 @@ class ChatStream:
     """
 
     def __init__(self, chat: _Chat) -> None:
-        self._chat = chat
-        self._texts = _texts(chat)
+        super().__init__(chat, Delta)
         self._deltas: Iterator[Delta] | None = None
 
-    def __iter__(self) -> Iterator[str]:
-        self._chat.raise_again()
-        return self._texts
-
-    def __next__(self) -> str:
-        self._chat.raise_again()
-        return next(self._texts)
-
-    def __enter__(self) -> ChatStream:  # noqa: PYI034  (Self needs Python 3.11)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
     def __repr__(self) -> str:
-        prompt = self._chat.prompt
-        model = prompt.model
-        return f"<ChatStream of {model}, dialect {prompt.dialect.name}>"
+        prompt = self._call.prompt
+        return f"<ChatStream of {prompt.model}, dialect {prompt.dialect.name}>"
 
     def deltas(self) -> Iterator[Delta]:
         """Iterate :class:`Delta` instead of ``str``: reasoning, refusals and tool
         calls too, of every choice."""
-        self._chat.raise_again()
+        self._call.raise_again()
         if self._deltas is None:
-            self._chat.recovery.sees_deltas = True
-            self._deltas = map(_as_delta, _handed_out(self._chat))
+            self._call.sees_deltas = True
+            self._deltas = map(_as_delta, self._call.hand_out())
         return self._deltas
 
     def complete(self) -> ChatResult:
@@ -6887,51 +6781,35 @@ class ChatStream:
         :raises StreamLimitError: the answer is longer than ``Limits.text`` keeps.
         :raises StreamingError: as the loop does.
         """
-        chat = self._chat
-        chat.recovery.seen_by_nobody = not (chat.characters or chat.was_seen)
+        chat: _Chat = self._call
+        was_seen = chat.handed or (chat.sees_deltas and chat.state != _NEW)
+        chat.seen_by_nobody = not was_seen
         for _ in self:
             pass
-        facts = {"text": chat.text, "history": tuple(chat.ledger.history)}
-        if chat.closed:
-            message = "the stream was closed before its end"
-            raise StreamAbortedError(message, result=chat.result(), **facts)
+        result = chat.result()
+        facts = {"text": result.text, "result": result, "history": result.history}
+        if chat.closers:
+            raise StreamAbortedError("the stream was closed before its end", **facts)
         if chat.answer.dropped:
-            raise StreamLimitError(
-                f"the answer is longer than Limits(text={chat.limits.text}) keeps",
-                limit="text",
-                result=chat.result(),
-                phase="end",
-                **facts,
-            )
-        return chat.result()
+            message = f"the answer is longer than Limits(text={chat.limits.text}) keeps"
+            raise StreamLimitError(message, limit="text", phase="end", **facts)
+        return result
 
     def observe(self, observer: Observer) -> None:
         """Add an observer; before the first ``next()``, or it misses the start."""
-        chat = self._chat
-        chat.reporter.add(_known_observers(observer))
-
-    def close(self) -> None:
-        """Close the stream: from any thread, any number of times.
-
-        A reader that is blocked in another thread wakes at once and raises
-        :exc:`StreamAbortedError`; a loop closed by its own thread just ends.
-        """
-        self._chat.close()
+        self._call.log.add(_known_observers(observer))
 
     @property
     def text(self) -> str:
         """Exactly what ``next()`` has handed out."""
-        return self._chat.text
-
-    @property
-    def stats(self) -> StreamStats:
-        """Counts, live and after the end."""
-        return self._chat.stats()
+        text: str = self._call.text
+        return text
 
     @property
     def result(self) -> ChatResult:
         """What was received, live and after any end."""
-        return self._chat.result()
+        result: ChatResult = self._call.result()
+        return result
 
     @classmethod
     def replay(
@@ -6959,21 +6837,14 @@ class ChatStream:
         if isinstance(raw, os.PathLike):
             with open(raw, "rb") as file:
                 raw = file.read()
-        pieces = (
-            [bytes(raw)] if isinstance(raw, (bytes, bytearray, memoryview)) else raw
-        )
-        known = _known_dialect(dialect)
-        prompt = _Prompt(known, "replay:", {}, {}, None, "never")
-        recovery = _Recovery(prompt, Retry(attempts=1))
+        is_one = isinstance(raw, (bytes, bytearray, memoryview))
+        pieces: Any = [bytes(cast(bytes, raw))] if is_one else raw
+        prompt = _Prompt(_known_dialect(dialect), "replay:", {}, {}, None, "never")
         never = Timeouts(None, None, None, None, None)
-        recording = _Recording(pieces)
+        opener = functools.partial(_Recording, pieces)
         observers = _known_observers(observe)
-
-        def opener(request: _Request, deadlines: _Deadlines, guard: _Guard) -> Any:
-            recording.guard = guard
-            return recording
-
-        return cls(_Chat(prompt, recovery, opener, never, limits, observers))
+        retry = Retry(attempts=1)
+        return cls(_Chat(prompt, retry, opener, never, limits, observers))
 
     if TYPE_CHECKING:  # the optional part adds these
 
@@ -6981,21 +6852,25 @@ class ChatStream:
             """Stream as live Markdown in a notebook; see section 15."""
 
 
-def _small_pieces(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    for piece in pieces:
-        for start in range(0, len(piece), _READ):
-            yield piece[start : start + _READ]
-
-
 class _Recording:
     """Saved bytes in place of an exchange."""
 
     status = 200
+    secrets: tuple[str, ...] = ()
 
-    def __init__(self, pieces: Iterable[bytes]) -> None:
-        self._pieces = _small_pieces(pieces)
-        self.guard = _Guard()
-        self.secrets: tuple[str, ...] = ()
+    def __init__(
+        self,
+        pieces: Iterable[bytes],
+        request: _Request,
+        deadlines: _Deadlines,
+        guard: _Guard,
+    ) -> None:
+        self._pieces = (
+            piece[start : start + _READ]
+            for piece in pieces
+            for start in range(0, len(piece), _READ)
+        )
+        self._guard = guard
         self.headers: Mapping[str, str] = {}
         self.bytes = 0
 
@@ -7009,7 +6884,7 @@ class _Recording:
 
         :raises StreamAbortedError: the stream was closed meanwhile.
         """
-        if self.guard.verdict:
+        if self._guard.verdict:
             raise StreamAbortedError(_CLOSED)
         piece = next(self._pieces, b"")
         self.bytes += len(piece)
@@ -7340,14 +7215,17 @@ def stream_chat(
     prompt = _Prompt(
         known, _Secret(known.url(url, model)), body, more, key, resume, model
     )
-    recovery = _Recovery(prompt, retry or Retry(attempts=1))
     observers = _known_observers(observe)
-    opener = _opener(session)
     entry = _journal_entry(journal, prompt)
+    recall = None if entry is None else entry.recall
     if entry is not None:
         observers = (entry, *observers)
-    chat = _Chat(prompt, recovery, opener, timeouts, limits, observers, entry)
-    return ChatStream(chat)
+    settings = (_opener(session), timeouts, limits, observers, recall)
+    return ChatStream(_Chat(prompt, retry or Retry(attempts=1), *settings))
+
+
+#: What stands in the optional part of the file and is asked for by an argument.
+_OPTIONAL: dict[str, Callable[..., Any]] = {}
 
 
 def _journal_entry(path: Any, prompt: _Prompt) -> Any:
@@ -7387,224 +7265,158 @@ def complete_chat(
 # POSTs, and it raises where a browser would be silent.
 
 
-class _Feed(_Loop):
-    """The loop of one event stream over all its connections."""
+class _Feed(_Call):
+    """A call that reads events as such, over all its connections.
 
-    _item_hook = "event"
+    :param request: what is sent each time, but for ``Last-Event-ID``.
+    :param retry: None if it never reconnects.
+    """
+
+    item_hook = "event"
+    complete_words = "the stream has ended"
 
     def __init__(
-        self,
-        request: _Request,
-        retry: Retry | None,
-        opener: Opener,
-        timeouts: Timeouts,
-        limits: Limits,
-        last_event_id: str,
-        observers: tuple[Observer, ...],
+        self, request: _Request, retry: Retry | None, last_event_id: str, *settings: Any
     ) -> None:
-        super().__init__(opener, timeouts, limits, observers)
-        self._request: _Request = request
+        super().__init__(request, {"model": None, "dialect": "events"}, *settings)
+        self.needs_first_token = self.timeouts.first_token is not None
+        self.decoder = SSEDecoder(last_event_id=last_event_id, limits=self.limits)
         self._retry = retry
-        self.last_event_id = last_event_id
-        self.reconnection_time: float | None = None
         self._failures = 0  # in a row, for the waits
         self._barren = 0  # requests in a row without an event
-        self._is_done = False
         self._unfit: float | None = None  # a wait for which there is no time
-        self._view: tuple[str, Iterator[ServerSentEvent], list[ServerSentEvent]] = (
-            last_event_id,
-            iter(()),
-            [],
-        )
+        self._settled = 0  # events that are handed out
+        #: The event that was handed out last, and the last one that came.
+        self._handed = self._newest = ServerSentEvent("", "", last_event_id)
 
-    def stats(self) -> StreamStats:
-        """The counts so far."""
-        return self.ledger.stats(Answer())
-
-    def handed_id(self) -> str:
+    @property
+    def last_event_id(self) -> str:
         """The last event ID as of the event that was handed out last."""
-        before, position, batch = self._view
-        rest = operator.length_hint(position)
-        if not rest:
-            return self.last_event_id
-        return batch[-rest - 1].id if rest < len(batch) else before
+        if self._handed is self._newest:  # an ID may come behind it, without an event
+            return self.decoder.last_event_id
+        return self._handed.id
 
-    def _note_batch(
-        self, batch: list[ServerSentEvent], position: Iterator[ServerSentEvent]
-    ) -> None:
-        before, _, last = self._view
-        self._view = (last[-1].id if last else before, position, batch)
-
-    def _batches(self) -> Generator[list[ServerSentEvent]]:
-        self._begin({"model": None, "dialect": "events"}, self._request)
-        while not self._is_done:
-            try:
-                yield from self._connection()
-            except StreamingError as error:
-                if self._is_closed_by_reader:
-                    return
-                self._recover(error)
-                if self.check_closed():  # during the wait: no request more
-                    return
-        self.ledger.record(self._request.action, "", "")
-        self._end("complete", "the stream has ended", self.stats())
-
-    def _connection(self) -> Iterator[list[ServerSentEvent]]:
-        """One connection, and the events that it brings."""
+    def next_request(self) -> _Request:
         self._barren += 1
-        exchange = self._new_exchange(self._with_last_event_id())
-        self._deadlines.has_begun = self._timeouts.first_token is None
-        try:
-            exchange.open()
-            self._note_response(exchange)
-            if exchange.status == 204:
-                self._is_done = True
-                return
-            exchange.check_status()
-            self._check_content_type(exchange.headers)
-            yield from self._receive(exchange)
-        finally:
-            self._close_exchange(exchange)
-
-    def _with_last_event_id(self) -> _Request:
-        value = _sent_event_id(self.last_event_id)
+        value = _sent_event_id(self.decoder.last_event_id)
         if not value:
-            return self._request
-        headers = {**self._request.headers, "Last-Event-ID": value}
-        return self._request._replace(headers=headers)
+            return self.request
+        headers = {**self.request.headers, "Last-Event-ID": value}
+        return self.request._replace(headers=headers)
 
-    def _check_content_type(self, headers: Mapping[str, str]) -> None:
-        kind = headers.get("Content-Type", "text/event-stream").partition(";")[0]
+    def open_body(
+        self, exchange: Any
+    ) -> Callable[[bytes], list[ServerSentEvent]] | None:
+        if exchange.status == 204:
+            return None
+        exchange.check_status()
+        kind = exchange.headers.get("Content-Type", "text/event-stream")
+        kind = kind.partition(";")[0]
         if kind.strip().lower() != "text/event-stream":
             raise MalformedStreamError(
                 f"the server sent {_clipped(kind, 80)!r}, not text/event-stream"
             )
+        old = self.decoder
+        self.decoder = SSEDecoder(last_event_id=old.last_event_id, limits=self.limits)
+        self.decoder.reconnection_time = old.reconnection_time
+        return self._feed
 
-    def _receive(self, exchange: Any) -> Iterator[list[ServerSentEvent]]:
-        decoder = SSEDecoder(last_event_id=self.last_event_id, limits=self.limits)
-        decoder.reconnection_time = self.reconnection_time
-        while True:
-            chunk = exchange.read(_now())
-            if "chunk" in self.reporter.wanted:
-                self._tell_chunk(chunk)
-            if not chunk:
-                decoder.close()
-                self._end_connection()
-                return
-            events = decoder.feed(chunk)
-            self.reconnection_time = decoder.reconnection_time
-            self.last_event_id = decoder.last_event_id
-            if events:
-                now = _now()
-                self._note_events(events, now)
-                yield events
-                self._deadlines.skip(_now() - now)
-            decoder._check()
+    def _feed(self, chunk: bytes) -> list[ServerSentEvent]:
+        if not chunk:
+            self.decoder.close()
+            return []
+        events = self.decoder.feed(chunk)
+        if events:
+            self._newest = events[-1]
+            self.log.events += len(events)
+            self._failures = self._barren = 0
+            self.deadlines.has_begun = True
+        return events
 
-    def _end_connection(self) -> None:
+    def items_of(self, batch: list[ServerSentEvent]) -> Iterator[ServerSentEvent]:
+        for event in super().items_of(batch):
+            self._handed = event
+            yield event
+
+    def tell_item(self, item: ServerSentEvent) -> None:
+        self.log.note_event(item)
+
+    def settle(self, now: float) -> bool:
+        if self.log.events != self._settled:
+            self._settled = self.log.events
+            self.deadlines.move(now, self.exchange.bytes)
+        self.decoder._check()
+        return True
+
+    def end_response(self) -> list[ServerSentEvent]:
         """A clean end: the end of a POST, and a cause to reconnect for a GET."""
-        self._is_done = self._request.method != "GET" or self._retry is None
-        if not self._is_done:
-            message = "the server ended the stream"
-            raise IncompleteStreamError(message, retryable=True)
+        reconnects = self.request.method == "GET" and self._retry is not None
+        if reconnects and self.exchange.status != 204:
+            raise IncompleteStreamError("the server ended the stream", retryable=True)
+        return []
 
-    def _note_events(self, events: list[ServerSentEvent], now: float) -> None:
-        self._failures = self._barren = 0
-        self.ledger.events += len(events)
-        self._deadlines.move(now, self.ledger.exchange.bytes)
-        self._deadlines.has_begun = True
-        self.ledger.note_first_token()
-
-    def _tell_item(self, item: ServerSentEvent) -> None:
-        item = self._named(item)
-        why = f"{item.event} of {len(item.data)} characters"
-        self.reporter.tell("event", why, item)
-
-    def _recover(self, error: StreamingError) -> None:
-        error.phase = error.phase or "stream"
-        self._record(error)
-        retry = self._retry
+    def decide(self, error: StreamingError) -> tuple[str, StreamingError]:
         self._failures += 1
+        retry = self._retry
         if retry is None or not error.retryable or self._barren >= retry.attempts:
-            self._fail(error)
+            return "raise", error
         try:
-            _sent_event_id(self.last_event_id)
+            _sent_event_id(self.decoder.last_event_id)
         except ValueError as problem:
             error.args = (f"{error}; it cannot go on from there: {problem}",)
-            self._fail(error)
-        wait = self._wait_for(error, retry)
-        if wait >= self._deadlines.left(_now()):
-            self._unfit = self._asked_wait(error) or wait
-            self._fail(error)
-        self._request = self._request._replace(action="retry")
-        self._wait(error, "retry", wait)
+            return "raise", error
+        return "retry", error
 
-    def _complete_error(self, error: StreamingError) -> None:
-        seconds, count = _now() - self.ledger.started, self.ledger.requests
-        where = f"after {self.ledger.events} events and {seconds:.1f} s"
+    def wait_for(self, error: StreamingError, left: float) -> float:
+        retry = cast(Retry, self._retry)
+        asked: float | None = getattr(error, "retry_after", None)
+        if asked is None:
+            asked = self.decoder.reconnection_time
+        drawn = draw_wait(retry, self._failures, random.random())
+        if asked is None:
+            wait = drawn
+        elif asked > retry.retry_after_max:
+            wait = _NEVER
+        else:
+            wait = asked if self._failures == 1 else max(drawn, asked)
+        if wait < left:
+            return wait
+        self._unfit = asked or wait
+        return _NEVER
+
+    def prepare(self, action: str, drop: StreamingError) -> None:
+        self.request = self.request._replace(action=action)
+
+    def complete_error(self, error: StreamingError) -> None:
+        log = self.log
+        where = f"after {log.events} events and {_now() - log.started:.1f} s"
         advice = ""
         if self._unfit is not None:
             advice = f"; the next request would have to wait {self._unfit:.0f} s"
-        error.args = (f"{error} ({where}, request {count}){advice}",)
-
-    def _asked_wait(self, error: StreamingError) -> float | None:
-        asked: float | None = getattr(error, "retry_after", None)
-        return self.reconnection_time if asked is None else asked
-
-    def _wait_for(self, error: StreamingError, retry: Retry) -> float:
-        asked = self._asked_wait(error)
-        if asked is not None and asked > retry.retry_after_max:
-            return _NEVER
-        if asked is not None and self._failures == 1:
-            return asked
-        drawn = draw_wait(retry, self._failures, random.random())
-        return max(drawn, asked or 0.0)
+        error.args = (f"{error} ({where}, request {log.requests}){advice}",)
 
 
-class EventStream:
+class EventStream(_Stream[ServerSentEvent]):
     """The events of an SSE endpoint: an iterator of :class:`ServerSentEvent`.
 
     Made by :func:`stream_events`; closes as :class:`ChatStream` does.
     """
 
     def __init__(self, feed: _Feed) -> None:
-        self._feed = feed
-        self._events = _handed_out(feed)
-
-    def __iter__(self) -> Iterator[ServerSentEvent]:
-        self._feed.raise_again()
-        return self._events
-
-    def __next__(self) -> ServerSentEvent:
-        self._feed.raise_again()
-        event: ServerSentEvent = next(self._events)
-        return event
-
-    def __enter__(self) -> EventStream:  # noqa: PYI034  (Self needs Python 3.11)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the stream: from any thread, any number of times."""
-        self._feed.close()
+        super().__init__(feed, None)
 
     @property
     def last_event_id(self) -> str:
         """The last event ID of what ``next()`` has handed out: give it to a later
         :func:`stream_events` to go on behind that."""
-        return self._feed.handed_id()
+        last: str = self._call.last_event_id
+        return last
 
     @property
     def reconnection_time(self) -> float | None:
         """The server's reconnection time in seconds; None if it sent none."""
-        return self._feed.reconnection_time
-
-    @property
-    def stats(self) -> StreamStats:
-        """Counts, live and after the end."""
-        return self._feed.stats()
+        seconds: float | None = self._call.decoder.reconnection_time
+        return seconds
 
 
 def _check_event_id(value: Any) -> None:
@@ -7678,7 +7490,7 @@ def stream_events(
         raise ValueError("json=...: a GET has no body; use method='POST'")
     content = None if json is None else jsonlib.dumps(_snapshot(json, "json"))
     data = None if content is None else content.encode("ascii")
-    sent = CaseInsensitiveDict(_standard_headers())
+    sent = CaseInsensitiveDict(_HEADERS)
     sent["Accept"] = "text/event-stream"
     if data is not None:
         sent["Content-Type"] = "application/json"
@@ -7686,16 +7498,8 @@ def stream_events(
     address = _checked_url("url", url)
     secrets = _secrets_in(address, sent)
     request = _Request(method, address, dict(sent), data, "start", secrets)
-    feed = _Feed(
-        request,
-        retry,
-        _opener(session),
-        timeouts,
-        limits,
-        last_event_id,
-        _known_observers(observe),
-    )
-    return EventStream(feed)
+    settings = (_opener(session), timeouts, limits, _known_observers(observe))
+    return EventStream(_Feed(request, retry, last_event_id, *settings))
 
 
 # ===========================================================================
@@ -8912,6 +8716,92 @@ class _JournalEntry(Observer):
         self._write(
             "DELETE FROM records WHERE request IN (SELECT request FROM streams WHERE {})"
         )
+
+    # -- how a chat goes on from it
+
+    def recall(self, chat: _Chat) -> Iterator[list[Piece]]:
+        """Hand out what an earlier run of the same request received.
+
+        The chat is whole then, or its next request is made.  Nothing is handed out
+        before it is known whether it can go on.
+        """
+        if not self._open_for(chat):
+            return
+        batches = self._relive(chat)
+        if not self.is_whole:
+            batches = iter([[piece for batch in batches for piece in batch]])
+            answer = chat.answer
+            is_unmarked = answer.ended or (answer.error is None and chat.has_finished)
+            if not is_unmarked:  # or else it was killed before it could note the end
+                yield from self._resume(chat, next(batches))
+                return
+        yield from batches
+        answer = chat.answer
+        if answer.error is not None or not (answer.ended or answer.finished):
+            damage = MalformedStreamError("the answer in the journal is damaged")
+            chat.fail(answer.error or damage)
+        answer.settle()
+        chat.is_whole = True
+        yield answer.take()
+
+    def _open_for(self, chat: _Chat) -> bool:
+        """Open it; False if the reader closed the stream meanwhile."""
+
+        def may_wait() -> bool:
+            now = _now()
+            return not chat.closers and now < chat.deadlines.read(now)[0]
+
+        try:
+            self.open(may_wait)
+        except OSError:
+            if chat.check_closed():
+                return False
+            now = _now()
+            due, kind = chat.deadlines.read(now)
+            if now < due:
+                raise
+            message = f"the {kind} timeout passed: others kept the journal locked"
+            retryable = kind != "total"
+            chat.fail(StreamTimeoutError(message, kind=kind, retryable=retryable))
+        return True
+
+    def _relive(self, chat: _Chat) -> Iterator[list[Piece]]:
+        """Read again what was received; it brings the same pieces."""
+        intake = None
+        for kind, value in self.records():
+            if chat.answer.error is not None and kind != "request":
+                continue
+            if kind == "request":
+                try:
+                    if value in _RESUMES:
+                        chat.go_on(value, *chat.prompt.request(value, chat.answer))
+                except IncompleteStreamError as error:  # resume= is another one now
+                    chat.answer.fail(error)
+                    return
+                intake = chat.new_intake()
+            elif kind == "response":
+                chat.headers = CaseInsensitiveDict(value)
+            elif intake is not None:
+                yield intake.feed(value)
+
+    def _resume(self, chat: _Chat, pieces: list[Piece]) -> Iterator[list[Piece]]:
+        """Ask for the rest of the answer, if there is a way; or start over."""
+        cut = chat.answer.error or StreamConnectionError(
+            "the run that began this answer was cut off", phase="stream", retryable=True
+        )
+        action, _ = chat.decide(cut)
+        request = None
+        try:
+            if action in _RESUMES:
+                request, seam = chat.prompt.request(action, chat.answer)
+        except IncompleteStreamError as error:
+            logger.info("%s: it starts over", error)
+        if request is None:
+            self.forget()
+            chat.start_over()
+            return
+        yield pieces
+        chat.go_on(action, request, seam)
 
     # -- what the stream tells it
 

@@ -9148,8 +9148,7 @@ def test_a_connection_error_names_the_host(fault):
 
 def streams_first(stream):
     """The request that a stream is going to send first."""
-    chat = stream._chat
-    return chat.prompt.request("start", chat.answer)[0]
+    return stream._call.request
 
 
 def test_newer_claude_is_asked_to_go_on_only_by_choice():
@@ -10887,8 +10886,7 @@ def test_endless_reconnections_keep_the_memory_flat():
             wire.cuts = [("raw", [f"id: {number}\ndata: x\n\n".encode()])]
             wire.requests.clear()
             assert next(stream).id == str(number)
-        feed = stream._feed
-        assert len(feed.ledger.history) <= 1000
+        assert len(stream._call.log.history) <= 1000
         assert stream.stats.requests == 2500
         assert stream.stats.events == 2500
         stream.close()
@@ -12356,7 +12354,7 @@ def test_a_fork_amid_a_stream_does_not_damage_the_journal(journal):
         if not child:  # a copy of the stream, and a stream of its own
             status = 1
             try:
-                stream._chat.entry._add("chunk", b"from the child")
+                stream._call.log.observers[0]._add("chunk", b"from the child")
                 next(streams_ask(**options, user="child"))
             except OSError as error:
                 status = 0 if "forked" in str(error) else 2
