@@ -5999,7 +5999,7 @@ class _Call:
         #: The threads that called close(): the first one did it.  Not their numbers,
         #: which are used again.
         self.closers: list[threading.Thread] = []
-        self.exchange: Any = None  # the present one, or the last
+        self.exchange: Any = None  # the present one
         self.deadlines = _Deadlines(timeouts, self.log.started)
         self._open = opener
         self._guard: _Guard | None = None  # of the present exchange
@@ -6059,6 +6059,10 @@ class _Call:
         """Make the next request, or fail with the drop."""
         raise NotImplementedError
 
+    def close_body(self) -> None:
+        """No more is read: let go of what reads it, and take over its counts."""
+        raise NotImplementedError
+
     def phase(self) -> str:
         """Where the present response stands."""
         return "stream"
@@ -6069,11 +6073,10 @@ class _Call:
 
     def stats(self) -> StreamStats:
         """The counts so far."""
-        log = self.log
-        is_reading = self.state == _READING
+        log, exchange = self.log, self.exchange
         return StreamStats(
             malformed=log.malformed,
-            bytes=log.bytes + (self.exchange.bytes if is_reading else 0),
+            bytes=log.bytes + (exchange.bytes if exchange else 0),
             events=log.events,
             deltas=log.deltas,
             requests=log.requests,
@@ -6278,8 +6281,11 @@ class _Call:
                 yield rest
         finally:
             self.state = _WAITING if self.state == _READING else self.state
-            self._guard = None
+            # Gone, too, from the tracebacks that this call is in: they hold the key,
+            # and what the server sent.
+            self._guard = self.exchange = None
             exchange.close()
+            self.close_body()
             log.bytes += exchange.bytes
             log.end_body()
 
@@ -6491,18 +6497,19 @@ class _Chat(_Call):
         exchange.check_status()
         watched = "event" in self.log.wanted
         self._progress = self.answer.progress
-        return self.new_intake(self.log.note_event if watched else None).feed
+        self._intake = self.new_intake(self.log.note_event if watched else None)
+        return self._intake.feed
 
     def new_intake(
         self, on_event: Callable[[ServerSentEvent], None] | None = None
     ) -> _Intake:
         """What reads the body of the next response into the answer."""
-        if self._intake is not None:
-            self.log.events += self._intake.events
-        answer = self.answer
-        answer.expected = _choice_count(self.prompt.body)
-        self._intake = _Intake(self.prompt.dialect, answer, self.limits, on_event)
-        return self._intake
+        self.answer.expected = _choice_count(self.prompt.body)
+        return _Intake(self.prompt.dialect, self.answer, self.limits, on_event)
+
+    def close_body(self) -> None:
+        intake, self._intake = self._intake, None
+        self.log.events += intake.events if intake else 0
 
     def settle(self, now: float) -> bool:
         answer = self.answer
@@ -7316,9 +7323,6 @@ class _Feed(_Call):
             raise MalformedStreamError(
                 f"the server sent {_clipped(kind, 80)!r}, not text/event-stream"
             )
-        old = self.decoder
-        self.decoder = SSEDecoder(last_event_id=old.last_event_id, limits=self.limits)
-        self.decoder.reconnection_time = old.reconnection_time
         return self._feed
 
     def _feed(self, chunk: bytes) -> list[ServerSentEvent]:
@@ -7354,6 +7358,11 @@ class _Feed(_Call):
         if reconnects and self.exchange.status != 204:
             raise IncompleteStreamError("the server ended the stream", retryable=True)
         return []
+
+    def close_body(self) -> None:
+        old = self.decoder
+        self.decoder = SSEDecoder(last_event_id=old.last_event_id, limits=self.limits)
+        self.decoder.reconnection_time = old.reconnection_time
 
     def decide(self, error: StreamingError) -> tuple[str, StreamingError]:
         self._failures += 1
