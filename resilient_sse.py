@@ -62,6 +62,7 @@ import itertools
 import json as jsonlib
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -8807,6 +8808,7 @@ class _JournalEntry(Observer):
             logger.info("%s: it starts over", error)
         if request is None:
             self.forget()
+            chat.request, _ = chat.prompt.request("start", chat.answer)
             chat.start_over()
             return
         yield pieces
