@@ -41,6 +41,7 @@ from harness import (
 )
 
 MAIN = ("floor", "iter_lines", OURS)  # measured most often: the goals speak of them
+SMALLEST = "launchdarkly-eventsource"  # of the peers that are libraries: it needs urllib3 alone
 
 
 def _clients(bench: Bench, shape: str) -> list[str]:
@@ -76,12 +77,37 @@ def cpu(bench: Bench) -> Result:
     return result
 
 
+def live(bench: Bench) -> Result:
+    """CPU per delta of a live stream: each delta comes alone, in a read of its own"""
+    count, pace = bench.amount(1500, 400), 2
+    names = [n for n in (*MAIN, SMALLEST) if n in clients("openai")]
+    jobs = {
+        name: partial(bench.cpu_per_delta, "openai", count, name, pace)
+        for name in names
+    }
+    times = bench.interleave(jobs, bench.amount(7, 3))
+    ratios, rows = ratio_rows(times, "floor", 1e6)
+    columns = ["client", "ratio to floor", "µs"]
+    table = Table("CPU per delta, one delta a read", columns, rows)
+    if OURS not in ratios:
+        return Result([table])
+    goal = Goal("CPU per delta, one delta a read / floor", ratios[OURS], 1.1)
+    return Result([table], [goal])
+
+
+#: What a call of one delta may cost, against whom.
+_SHORT_CALL = {"iter_lines": 0.8, SMALLEST: 1.35}
+
+
 def call(bench: Bench) -> Result:
     """CPU of a whole call: request, answer, end"""
     result = Result()
     for shape, count in (("openai", 1), ("openai", 500), ("anthropic", 500)):
-        repeat = bench.amount(10, 3)
-        jobs = jobs_for(_clients(bench, shape), _call_cpu, bench, shape, count, repeat)
+        repeat = bench.amount(10, 3) * (10 if count == 1 else 1)
+        names = dict.fromkeys(_clients(bench, shape))
+        if shape == "openai" and SMALLEST in clients(shape):
+            names[SMALLEST] = None
+        jobs = jobs_for(names, _call_cpu, bench, shape, count, repeat)
         times = bench.interleave(jobs, bench.amount(3, 1))
         ratios, rows = ratio_rows(times, "iter_lines", 1e3)
         columns = ["client", "ratio to iter_lines", "ms"]
@@ -90,6 +116,11 @@ def call(bench: Bench) -> Result:
         if OURS in ratios and count > 1:
             goal = f"CPU of a whole call, {shape}, {count} deltas / iter_lines"
             result.goals.append(Goal(goal, ratios[OURS], 1))
+        for peer, limit in _SHORT_CALL.items():
+            if count == 1 and {OURS, peer} <= set(times):
+                goal = f"CPU of a whole call, one delta / {peer}"
+                found = ratio(times[OURS], times[peer])
+                result.goals.append(Goal(goal, found, limit))
     return result
 
 
@@ -220,7 +251,8 @@ def delay(bench: Bench) -> Result:
     if OURS not in ratios:
         return Result([table], chart=chart)
     goals = [
-        Goal("delay, median / floor", ratios[OURS], 1.1),
+        Goal("delay, median / floor", ratios[OURS], 1.05),
+        Goal("delay, p99 / floor", late[OURS] / late["floor"], 1.05),
         Goal("delay, p99 / iter_lines", late[OURS] / late["iter_lines"], 1.0),
     ]
     return Result([table], goals, chart=chart)
@@ -346,27 +378,36 @@ def crowd(bench: Bench) -> Result:
     def job(peer: str) -> dict[str, Any]:
         return bench.client(peer, "openai", count, *options, pace=100)
 
-    names = filter(clients("openai").__contains__, ("iter_lines", OURS))
-    found = bench.interleave(jobs_for(names, job), 1)
+    names = filter(clients("openai").__contains__, (*MAIN, SMALLEST))
+    found = bench.interleave(jobs_for(names, job), bench.amount(3, 1))
+    cpu = {
+        peer: [report["cpu"] / len(report["delays"]) for report in reports]
+        for peer, reports in found.items()
+    }
     columns = ["client", "whole answers", "extra threads", "CPU µs per delta"]
-    columns += ["median delay ms", "p99 ms", "peak MiB"]
+    columns += ["CPU / floor", "median delay ms", "p99 ms", "peak MiB"]
     rows = [
         [
             peer,
             f"{len(report['seen'])}",
             f"{report['extra_threads']}",
-            f"{report['cpu'] / len(report['delays']) * 1e6:.0f}",
+            f"{statistics.median(cpu[peer]) * 1e6:.0f}",
+            f"{ratio(cpu[peer], cpu['floor']):.2f}",
             f"{statistics.median(report['delays']) * 1e3:.1f}",
             f"{percentile(report['delays'], 99) * 1e3:.1f}",
             f"{report['peak'] / 2**20:.0f}",
         ]
-        for peer, (report,) in found.items()
+        for peer, (*_, report) in found.items()
     ]
     table = Table(f"{streams} streams in one process", columns, rows)
     if OURS not in found:
         return Result([table])
     extra = found[OURS][0]["extra_threads"]
-    return Result([table], [Goal(f"extra threads at {streams} streams", extra, 1)])
+    goals = [Goal(f"extra threads at {streams} streams", extra, 1)]
+    for peer, limit in (("floor", 1.25), ("iter_lines", 0.9)):
+        what = f"CPU per delta, {streams} streams / {peer}"
+        goals.append(Goal(what, ratio(cpu[OURS], cpu[peer]), limit))
+    return Result([table], goals)
 
 
 # 7. Linearity
@@ -554,6 +595,7 @@ def _counter() -> tuple[list[str], Callable[[str], int]]:
 
 MEASURES: dict[str, Callable[[Bench], Result]] = {
     "cpu": cpu,
+    "live": live,
     "call": call,
     "decoder": decoder,
     "delay": delay,
