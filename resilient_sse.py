@@ -6135,7 +6135,8 @@ class _Call:
                 if self.items is not items:
                     continue  # texts and deltas are read in turns: the other went on
                 self._reader = threading.current_thread()
-                self.raise_again()
+                if self.failure is not None:  # the other one has failed
+                    raise self.failure
                 batch = next(self._source, None)
                 if batch is None:
                     return
