@@ -260,11 +260,21 @@ _SECRET_NAME = re.compile(
 _CONTROL = re.compile(
     "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 )
-_LEAST_SECRET = 4  # characters; anything shorter stands everywhere by chance
-_ENTITIES = {"&": "amp", '"': "quot", "'": "apos", "<": "lt", ">": "gt"}
-_BROKEN_ESCAPE = re.compile(
-    r"(?:\\+(?:u[0-9a-f]{0,3})?|%[0-9a-f%]{0,4}|&[#\w;]{0,9})(?=\.\.\.|\Z)"
+_LEAST_SECRET = 4  # bytes; anything shorter stands everywhere by chance
+#: How URLs, JSON and HTML write a byte or character, be it escaped once more or twice.
+#: (Each branch begins with a byte: such patterns are searched for at full speed.)
+_ESCAPE = (
+    rb"%(?:25){0,2}(?P<octet>[0-9A-Fa-f]{2})|\\u(?P<code>[0-9A-Fa-f]{4})"
+    rb"|&(?:amp;){0,2}(?:#[xX]0{0,4}(?P<hex>[0-9A-Fa-f]{1,5})"
+    rb"|#0{0,4}(?P<number>[0-9]{1,6})|(?P<name>amp|quot|apos|lt|gt));"
 )
+_ENTITIES = {b"amp": b"&", b"quot": b'"', b"apos": b"'", b"lt": b"<", b"gt": b">"}
+#: What may be left of one at the end, or before dots, where a text was cut.
+_CUT_ESCAPES = (rb"%[0-9A-Fa-f%]{0,5}", rb"\\(?:u[0-9A-Fa-f]{0,3})?", rb"&[#\w;]{0,19}")
+_CUT_OR_ESCAPE = b"|".join([c + rb"(?=\.\.\.|\Z)" for c in _CUT_ESCAPES] + [_ESCAPE])
+_CUT_AT_END = b"(?:%s)\\Z" % b"|".join(_CUT_ESCAPES)
+_LONGEST_ESCAPE = 20  # bytes; it bounds what waits for more
+_FILLING = b"\\+ \t"  # before a character, or in a blank's place; it says nothing
 
 
 class _Secret(str):
@@ -329,92 +339,97 @@ def _secrets_in(
     values = [value for name, value in named if _SECRET_NAME.search(name)]
     tokens = [value.partition(" ")[2].strip() for value in values]  # without "Bearer"
     parts = re.findall(r'=\s*"?([^\s",;]{8,})', "\n".join(values))  # of cookies, AWS
-    values += [*more, *tokens, *parts, *map(_password_in, tokens), *_login_in(url)]
-    values += [unquote(value) for value in values]
+    user, at, _ = url.partition("//")[2].partition("/")[0].rpartition("@")
+    if at:
+        login = ":".join(map(unquote, user.partition(":")[::2]))
+        tokens.append(base64.b64encode(login.encode("latin-1", "replace")).decode())
+    for token in tokens:
+        try:
+            login = base64.b64decode(token).decode("latin-1")
+        except ValueError:
+            continue  # no credentials of Basic authentication (RFC 7617)
+        name, colon, password = login.partition(":")
+        values += [password or name] if colon else []
+    values += [*more, *tokens, *parts]
     found = {_Secret(value) for value in values if len(value) >= _LEAST_SECRET}
     return tuple(sorted(found, key=len, reverse=True))
 
 
-def _login_in(url: str) -> list[str]:
-    """What of the user in a URL is secret, and the same as it is sent."""
-    user, at, _ = url.partition("//")[2].partition("/")[0].rpartition("@")
-    name, _, password = user.partition(":")
-    sent = f"{unquote(name)}:{unquote(password)}".encode("latin-1", "replace")
-    return [password or name, base64.b64encode(sent).decode()] if at else []
+def _meaning(escape: re.Match[bytes]) -> bytes:
+    """The bytes that an escape stands for; one that was cut says nothing."""
+    kind = escape.lastgroup
+    if kind in (None, "byte"):
+        return escape[0] if kind else b""
+    if kind == "name":
+        return _ENTITIES[escape[kind]]
+    code = int(escape[kind], 10 if kind == "number" else 16)
+    return bytes([code]) if kind == "octet" else chr(code).encode("utf-8", "replace")
 
 
-def _password_in(credentials: str) -> str:
-    """The password in credentials of Basic authentication (RFC 7617)."""
-    try:
-        user = base64.b64decode(credentials).decode("latin-1")
-    except ValueError:
-        return ""  # they are of another kind
-    name, colon, password = user.partition(":")
-    return password or name if colon else ""
+@functools.lru_cache(maxsize=128)
+def _spellings(secret: str) -> tuple[bytes, bytes]:
+    """A secret as it stands, and as it reads where escapes are undone."""
+    exact = secret.encode("utf-8", "surrogatepass")
+    said = re.sub(_ESCAPE, _meaning, exact).translate(None, _FILLING)
+    return exact, said if len(said) >= _LEAST_SECRET else exact
 
 
-@functools.lru_cache(maxsize=512)
-def _spelled(character: str) -> str:
-    """A pattern for a character as it is, or as JSON, URLs and HTML write it.
+def _search(text: bytes, secret: bytes, least: int) -> Iterator[tuple[int, int, bool]]:
+    """Where the secret, or its beginning, stands, how much of it, and if it is all."""
+    at = text.find(secret[:_LEAST_SECRET])
+    while at >= 0:
+        seen = text[at : at + len(secret) + 2]
+        begun = seen.partition(b"...")[0]
+        if seen.startswith(secret):
+            yield at, len(secret), True
+        elif secret.startswith(begun):  # it is cut before dots, or by the end
+            yield at, len(begun), False
+        at = text.find(secret[:_LEAST_SECRET], at + 1)
+    for count in range(least, _LEAST_SECRET):
+        if text.endswith(secret[:count]):
+            yield len(text) - count, count, False
 
-    None of them writes letters and digits otherwise.
+
+def _find_secrets(
+    data: bytes, secrets: Iterable[str], least: int = _LEAST_SECRET
+) -> Iterator[tuple[int, int, bool]]:
+    """Where a secret stands, or its beginning at the end or before dots.
+
+    :param least: how short a beginning at the very end counts.
+    :returns: from where, to where, and whether it is whole.
     """
-    if character.isascii() and character.isalnum():
-        return character
-    code, name = ord(character), _ENTITIES.get(character, "#")
-    octets = character.encode("utf-8", "replace")
-    forms = [
-        r"\\+" if character == "\\" else r"\\*" + re.escape(character),
-        rf"\\+u{code:04x}",
-        "".join(f"%(?:25)*{octet:02x}" for octet in octets),
-        rf"&(?:amp;)*(?:#0*{code}|#x0*{code:x}|{name});",
+    spellings = list(map(_spellings, secrets))
+    # As it stands, since what is before a secret may look like the half of an escape.
+    for exact, _ in spellings:
+        for at, count, is_whole in _search(data, exact, least):
+            yield at, at + count, is_whole
+    text = re.sub(_CUT_OR_ESCAPE, _meaning, data).translate(None, _FILLING)
+    found = [hit for _, said in spellings for hit in _search(text, said, least)]
+    if not found:
+        return
+    places = [
+        escape.span()
+        for escape in re.finditer(_CUT_OR_ESCAPE + rb"|(?P<byte>[\s\S])", data)
+        for _ in _meaning(escape).translate(None, _FILLING)
     ]
-    blank = [r"[\s+]+"] if character == " " else []
-    return "(?i:{})".format("|".join(forms + blank))
-
-
-@functools.lru_cache(maxsize=512)
-def _beginning(characters: str) -> re.Pattern[str]:
-    return re.compile("".join(map(_spelled, characters)))
-
-
-def _spell(text: str, start: int, secret: str) -> tuple[int, int]:
-    """How far the text spells the secret: the place, and the characters of it."""
-    if text.startswith(secret, start):
-        return start + len(secret), len(secret)
-    for count, character in enumerate(secret):
-        form = _beginning(character).match(text, start)
-        if form is None:
-            broken = _BROKEN_ESCAPE.match(text, start)
-            return (broken.end() if broken else start), count
-        start = form.end()
-    return start, len(secret)
-
-
-def _spelled_out(text: str, secrets: Iterable[str]) -> Iterator[tuple[int, int, bool]]:
-    """Where a secret stands, or its beginning, and whether it is whole."""
-    for secret in secrets:
-        beginning = _beginning(secret[:_LEAST_SECRET])
-        found = beginning.search(text)
-        while found:
-            stop, count = _spell(text, found.start(), secret)
-            yield found.start(), stop, count == len(secret)
-            found = beginning.search(text, found.start() + 1)
+    places.append((len(data), len(data)))
+    for at, count, is_whole in found:
+        # What was cut is so up to the dots, or the end, be it half an escape.
+        stop = places[at + count - 1][1] if is_whole else places[at + count][0]
+        yield places[at][0], stop, is_whole
 
 
 def _hidden(text: str, secrets: Iterable[str]) -> str:
     """The text without secrets, be they whole or cut, at its end or before dots."""
-    spans = [
-        (start, stop)
-        for start, stop, is_whole in _spelled_out(text, secrets)
-        if is_whole or text[stop : stop + 3] in ("", "...")
-    ]
+    data = text.encode("utf-8", "surrogatepass")
     pieces, last = [], 0
-    for start, stop in sorted(spans):
+    for start, stop, _ in sorted(_find_secrets(data, secrets)):
         if start >= last:
-            pieces += [text[last:start], "***"]
+            pieces += [data[last:start], b"***"]
         last = max(last, stop)
-    return "".join(pieces) + text[last:] if pieces else text
+    if not pieces:
+        return text
+    return b"".join([*pieces, data[last:]]).decode("utf-8", "surrogatepass")
 
 
 def _hidden_in(value: Any, secrets: Iterable[str]) -> Any:
@@ -440,22 +455,23 @@ def _masked(data: bytes, secrets: Sequence[str]) -> tuple[bytes, bytes]:
         last one, see :func:`_masked_rest`.  It never ends an event (no secret has a
         line feed in it), so nothing of it was handed out.
     """
-    text = data.decode("latin-1")  # a character a byte
-    known = [s if s.isascii() else s.encode().decode("latin-1") for s in secrets]
-    masked, cut = bytearray(data), [len(text)]
-    for start, stop, is_whole in _spelled_out(text, known):
+    size = end = len(data)
+    is_open = bool(secrets) and not data.endswith(b"\n")
+    found = list(_find_secrets(data, secrets, 1 if is_open else _LEAST_SECRET))
+    if is_open:
+        cut = re.compile(_CUT_AT_END).search(data, max(0, size - _LONGEST_ESCAPE))
+        begun = [s for s, e, is_whole in found if e == size and not is_whole]
+        end = min([cut.start() if cut else size, *begun])
+        if end < size - _LONGEST_ESCAPE * max(map(len, secrets)):
+            end = size
+    # A whole one that reaches into the rest is part of it, or its end would be bare.
+    end = min([end, *(start for start, stop, _ in found if start < end < stop)])
+    masked = bytearray(data)
+    for start, stop, is_whole in found:
         if is_whole:
             masked[start:stop] = b"*" * (stop - start)
-        elif stop == len(text):
-            cut.append(start)
-    for start in range(max(0, len(text) - 24), 0 if text[-1:] == "\n" else len(text)):
-        for secret in known:  # of which less than _beginning looks for is there
-            stop, count = _spell(text, start, secret)
-            if stop == len(text) and count < len(secret):
-                cut.append(start)
-    end = min(cut)
     kind = _Stars if masked[:end] != data[:end] else bytes
-    return kind(masked[:end]), bytes(masked[end:])
+    return kind(masked[:end]), data[end:]
 
 
 def _masked_rest(rest: bytes) -> bytes:
