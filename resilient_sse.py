@@ -487,6 +487,11 @@ def _masked_rest(rest: bytes) -> bytes:
 # means "no limit", never 0.
 
 
+def _words(text: str) -> tuple[str, ...]:
+    """Words as they are easiest to read."""
+    return tuple(text.split())
+
+
 class ServerSentEvent(NamedTuple):
     """One event of an event stream, as the WHATWG specification dispatches it.
 
@@ -731,11 +736,40 @@ class Observer:
         """Called once, when the stream has completed."""
 
 
+class _Kind(NamedTuple):
+    """What a field of the options may be, and what is said of anything else."""
+
+    types: tuple[type, ...]
+    least: float
+    most: float
+    needs: str
+    range: str
+
+
+_WHOLE = "a whole number, or None for no limit"
+_LIMIT = _Kind((int,), 1, math.inf, _WHOLE, "1 or more, or None for no limit")
+_COUNT = _Kind((int,), 0, math.inf, _WHOLE, "0 or more, or None for no limit")
+# Beyond a billion, the clocks of some systems overflow.
+_SECONDS = _Kind((int, float), 0, 1e9, "seconds", "0 to 1e+09 seconds")
+
+
 class _Options:
     """Frozen, comparable and printable; dataclasses would cost a third of our import."""
 
-    def __init__(self, **values: Any) -> None:
-        vars(self).update(values)
+    #: The kind of each field, by its name.
+    _fields: ClassVar[Mapping[str, _Kind]] = {}
+    _takes_none = True
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        for name, kind in self._fields.items():
+            value = vars(self)[name] = given[name]
+            where = f"{type(self).__name__}({name}={value!r})"
+            if value is None and self._takes_none:
+                continue
+            if isinstance(value, bool) or not isinstance(value, kind.types):
+                raise TypeError(f"{where}: needs {kind.needs}")
+            if not kind.least <= value <= kind.most:
+                raise ValueError(f"{where}: needs {kind.range}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{type(self).__name__} is frozen: make another one")
@@ -752,32 +786,6 @@ class _Options:
     def __repr__(self) -> str:
         values = (f"{name}={value!r}" for name, value in vars(self).items())
         return f"{type(self).__name__}({', '.join(values)})"
-
-
-def _check_whole(option: Any, names: Iterable[str], least: int) -> None:
-    """Check fields that are whole numbers, or None for "no limit"."""
-    for name in names:
-        value = getattr(option, name)
-        where = f"{type(option).__name__}({name}={value!r})"
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{where}: needs a whole number, or None for no limit")
-        if value < least:
-            raise ValueError(f"{where}: needs {least} or more, or None for no limit")
-
-
-_MOST_SECONDS = 1e9  # beyond, the clocks of some systems overflow
-
-
-def _check_seconds(option: Any, name: str) -> None:
-    """Check a field that is a number of seconds."""
-    value = getattr(option, name)
-    where = f"{type(option).__name__}({name}={value!r})"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{where}: needs seconds")
-    if not 0 <= value <= _MOST_SECONDS:
-        raise ValueError(f"{where}: needs 0 to {_MOST_SECONDS:.0e} seconds")
 
 
 class Timeouts(_Options):
@@ -808,6 +816,7 @@ class Timeouts(_Options):
     is slow to take, and each piece of the headers has the time of ``first_token``.
     """
 
+    _fields = dict.fromkeys(_words("connect first_token read idle total"), _SECONDS)
     connect: float | None
     first_token: float | None
     read: float | None
@@ -822,17 +831,8 @@ class Timeouts(_Options):
         idle: float | None = 300.0,
         total: float | None = None,
     ) -> None:
-        super().__init__(
-            connect=connect,
-            first_token=first_token,
-            read=read,
-            idle=idle,
-            total=total,
-        )
+        super().__init__(locals())
         for name, value in vars(self).items():
-            if value is None:
-                continue
-            _check_seconds(self, name)
             if value == 0:
                 raise ValueError(f"Timeouts({name}=0): None means no limit")
 
@@ -855,6 +855,11 @@ class Retry(_Options):
     :raises ValueError: a value is out of range.
     """
 
+    _fields: ClassVar[Mapping[str, _Kind]] = {
+        "attempts": _LIMIT,
+        **dict.fromkeys(_words("wait_initial wait_max retry_after_max"), _SECONDS),
+    }
+    _takes_none = False
     attempts: int
     wait_initial: float
     wait_max: float
@@ -867,17 +872,9 @@ class Retry(_Options):
         wait_max: float = 30.0,
         retry_after_max: float = 60.0,
     ) -> None:
-        super().__init__(
-            attempts=attempts,
-            wait_initial=wait_initial,
-            wait_max=wait_max,
-            retry_after_max=retry_after_max,
-        )
-        if self.attempts is None:
+        if attempts is None:
             raise TypeError("Retry(attempts=None): needs a number, such as 6")
-        _check_whole(self, ["attempts"], 1)
-        for name in ("wait_initial", "wait_max", "retry_after_max"):
-            _check_seconds(self, name)
+        super().__init__(locals())
 
 
 class Limits(_Options):
@@ -897,6 +894,10 @@ class Limits(_Options):
     :raises ValueError: a value is out of range.
     """
 
+    _fields: ClassVar[Mapping[str, _Kind]] = {
+        **dict.fromkeys(_words("line event text"), _LIMIT),
+        "malformed": _COUNT,
+    }
     line: int | None
     event: int | None
     text: int | None
@@ -909,9 +910,7 @@ class Limits(_Options):
         text: int | None = 16 * 1024 * 1024,
         malformed: int | None = 10,
     ) -> None:
-        super().__init__(line=line, event=event, text=text, malformed=malformed)
-        _check_whole(self, ["line", "event", "text"], 1)
-        _check_whole(self, ["malformed"], 0)
+        super().__init__(locals())
 
 
 _TIMEOUTS = Timeouts()
@@ -2120,49 +2119,32 @@ _RETRY_STATUSES = frozenset(
 )
 #: Types and codes inside a stream that pass with time.
 _TRANSIENT = frozenset(
-    [
-        "overloaded_error",
-        "api_error",
-        "rate_limit_error",
-        "server_error",
-        "rate_limit_exceeded",
-        "internal_server_error",
-        "internal_error",
-        "service_unavailable",
-        "overloaded",
-        "timeout",
-        "timeout_error",
-        "engine_overloaded",
-        "server_overloaded",
-        "unavailable",
-        "resource_exhausted",
-        "internal",
-        "deadline_exceeded",
-        "internalservererror",
-        "serviceunavailableerror",
-    ]
+    _words(
+        "overloaded_error api_error rate_limit_error server_error rate_limit_exceeded "
+        "internal_server_error internal_error service_unavailable overloaded timeout "
+        "timeout_error engine_overloaded server_overloaded unavailable resource_exhausted "
+        "internal deadline_exceeded internalservererror serviceunavailableerror"
+    )
 )
 #: Quota, credit and spending limits: no wait of ours makes them pass.
 _PERMANENT = frozenset(
-    [
-        "insufficient_quota",
-        "credit_balance_exhausted",
-        "billing_hard_limit_reached",
-        "billing_not_active",
-        "spend_limit_reached",
-        "enforced_spend_limit_reached",
-        "insufficient_credits",
-        "insufficient_balance",
-    ]
+    _words(
+        "insufficient_quota credit_balance_exhausted billing_hard_limit_reached "
+        "billing_not_active spend_limit_reached enforced_spend_limit_reached "
+        "insufficient_credits insufficient_balance"
+    )
 )
 _BODY_KEPT = 65536
 
 
-def _api_error(document: Any, status: int | None = None, **facts: Any) -> APIError:
+def _api_error(
+    document: Any, status: int | None = None, should_retry: str = ""
+) -> APIError:
     """Make the error that a body, or an event, reports.
 
     :param document: the parsed JSON, or the text where it is not JSON.
     :param status: the HTTP status, for an error before the stream.
+    :param should_retry: what the server says of that, ``true`` or ``false``.
     """
     outer = _first_object(document)
     inner = outer.get("error")
@@ -2170,19 +2152,47 @@ def _api_error(document: Any, status: int | None = None, **facts: Any) -> APIErr
     code = _scalar(inner, "code", "status_code", "http_code")
     kind = _scalar(inner, "type", "status") or _scalar(outer, "error_type", "type")
     kind = kind if kind != "error" else None  # the event's type, not the error's
-    named = _status_named(code, _scalar(inner, "status_code"))
-    message = _error_message(document, outer, inner)
+    words = [str(code), str(_scalar(inner, "status_code"))]
+    named = next((int(w) for w in words if re.match("[45][0-9][0-9]\\Z", w)), None)
+
+    said = _scalar(inner, "message", "detail") or _scalar(
+        outer, "message", "error", "detail", "msg", "error_description"
+    )
+    if said is None and isinstance(outer.get("detail"), list):  # FastAPI's
+        said = "; ".join(str(_first_object([d]).get("msg")) for d in outer["detail"])
+    said = " ".join(str(_as_text(document) if said is None else said).split())
     where = f"HTTP status {status}" if status else "an error inside the stream"
     label = f" ({_clipped(kind or code, 100)})" if kind or code else ""
-    facts.setdefault("body", _as_text(document)[:_BODY_KEPT])
-    facts.setdefault("request_id", _scalar(outer, "request_id"))
+
+    names, details = {str(code).lower(), str(kind).lower()}, inner.get("details")
+    retry_after, is_quota = None, bool(names & _PERMANENT)
+    if isinstance(details, dict):  # quotas that only the details tell from rate limits
+        is_quota = is_quota or str(details.get("error_code")) in _PERMANENT
+    if isinstance(details, list):
+        is_quota = is_quota or "PerDay" in _as_text(details)
+        delays = [str(_first_object([d]).get("retryDelay")) for d in details]
+        seconds = [d[:-1] for d in delays if re.match(r"[0-9]+(\.[0-9]+)?s\Z", d)]
+        waits = [w for w in map(float, seconds) if 0 < w < math.inf]
+        retry_after = waits[0] if waits else None  # Google's RetryInfo
+    if is_quota:
+        retryable = False
+    elif should_retry in ("true", "false"):
+        retryable = should_retry == "true" and status not in (401, 402, 403)
+    elif status is not None:  # "rate_limit_exceeded" with 413 is a prompt too long
+        retryable = status in _RETRY_STATUSES
+    else:
+        retryable = bool(names & _TRANSIENT) or named in _RETRY_STATUSES
+
     return APIError(
-        f"the provider answered with {where}{label}: {message}",
+        f"the provider answered with {where}{label}: "
+        + (_clipped(said, 500) or "(no message)"),
         status=status or named,
         code=code,
         type=str(kind) if kind is not None else None,
-        retryable=_passes_with_time(status, named, {code, kind}, document),
-        **{"retry_after": _retry_delay(inner), **facts},
+        body=_as_text(document)[:_BODY_KEPT],
+        request_id=_scalar(outer, "request_id"),
+        retry_after=retry_after,
+        retryable=retryable,
     )
 
 
@@ -2201,24 +2211,6 @@ def _scalar(holder: dict[str, Any], *keys: str) -> Any:
     return None
 
 
-def _status_named(*codes: Any) -> int | None:
-    for code in codes:
-        if re.match("[45][0-9][0-9]\\Z", str(code)):
-            return int(code)
-    return None
-
-
-def _error_message(document: Any, outer: dict[str, Any], inner: dict[str, Any]) -> str:
-    found = _scalar(inner, "message", "detail") or _scalar(
-        outer, "message", "error", "detail", "msg", "error_description"
-    )
-    if found is None and isinstance(outer.get("detail"), list):
-        found = "; ".join(str(_first_object([d]).get("msg")) for d in outer["detail"])
-    text = str(found if found is not None else _as_text(document))
-    text = " ".join(text.split())
-    return _clipped(text, 500) or "(no message)"
-
-
 def _as_text(document: Any) -> str:
     if isinstance(document, str):
         return document
@@ -2226,37 +2218,6 @@ def _as_text(document: Any) -> str:
         return jsonlib.dumps(document)
     except (ValueError, RecursionError):
         return "(nested too deeply)"
-
-
-def _passes_with_time(
-    status: int | None, named: int | None, words: Iterable[Any], document: Any
-) -> bool:
-    names = {str(word).lower() for word in words}
-    if names & _PERMANENT or _is_quota(document):
-        return False
-    if status is not None:  # "rate_limit_exceeded" with 413 is a prompt too long
-        return status in _RETRY_STATUSES
-    return bool(names & _TRANSIENT) or named in _RETRY_STATUSES
-
-
-def _is_quota(document: Any) -> bool:
-    """Quotas that are told apart from rate limits only by their details."""
-    inner = _first_object(document).get("error")
-    details = inner.get("details") if isinstance(inner, dict) else None
-    if isinstance(details, dict):
-        return str(details.get("error_code")) in _PERMANENT
-    return "PerDay" in _as_text(details) if isinstance(details, list) else False
-
-
-def _retry_delay(inner: dict[str, Any]) -> float | None:
-    """Google's RetryInfo: ``{"retryDelay": "59s"}`` among the details."""
-    details = inner.get("details")
-    for detail in details if isinstance(details, list) else []:
-        delay = detail.get("retryDelay") if isinstance(detail, dict) else None
-        if isinstance(delay, str) and re.match(r"[0-9]+(\.[0-9]+)?s\Z", delay):
-            seconds = float(delay[:-1])
-            return seconds if 0 < seconds < math.inf else None
-    return None
 
 
 def http_error(
@@ -2271,51 +2232,27 @@ def http_error(
         document = parse_json(body)
     except ValueError:
         document = body
-    error = _api_error(document, status)
+    error = _api_error(document, status, headers.get("x-should-retry", "").lower())
     error.body = body[:_BODY_KEPT]
-    error.request_id = _request_id(headers) or error.request_id
-    error.retry_after = _header_wait(headers, now) or error.retry_after
-    verdict = headers.get("x-should-retry", "").lower()
-    quota = {str(error.code).lower(), str(error.type).lower()} & _PERMANENT
-    if verdict in ("true", "false") and not (quota or _is_quota(document)):
-        error.retryable = verdict == "true" and status not in (401, 402, 403)
+    for name in _words("x-generation-id apim-request-id request-id x-request-id"):
+        error.request_id = headers.get(name) or error.request_id
+    for name in _words("llm_provider-retry-after retry-after retry-after-ms"):
+        wait = _seconds_in(headers.get(name, ""), now)
+        wait = wait / 1000 if name.endswith("-ms") else wait
+        if 0 < wait < math.inf:  # the last one counts; zero and nonsense are no hint
+            error.retry_after = wait
     return error
 
 
-def _request_id(headers: Mapping[str, str]) -> str | None:
-    names = ("x-request-id", "request-id", "apim-request-id", "x-generation-id")
-    return next((headers[name] for name in names if headers.get(name)), None)
-
-
-def _header_wait(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds that the server asks to wait; zero and nonsense are no hint."""
-    for name, unit in (
-        ("retry-after-ms", 1000.0),
-        ("retry-after", 1.0),
-        ("llm_provider-retry-after", 1.0),
-    ):
-        seconds = _wait_seconds(headers.get(name), unit, now)
-        if seconds is not None and 0 < seconds < math.inf:
-            return seconds
-    return None
-
-
-def _wait_seconds(value: str | None, unit: float, now: float) -> float | None:
-    if not value:
-        return None
+def _seconds_in(value: str, now: float) -> float:
+    """Seconds from a number, or until a date as HTTP writes it; 0 if it is neither."""
+    with contextlib.suppress(ValueError):  # then it may be a date
+        return float(value)
     try:
-        return float(value) / unit
-    except ValueError:
-        return _seconds_until(value, now)
-
-
-def _seconds_until(date: str, now: float) -> float | None:
-    """Seconds until a date as HTTP writes it; None if it is none."""
-    try:
-        parts = email.utils.parsedate_tz(date)
-        return email.utils.mktime_tz(parts) - now if parts else None
+        parts = email.utils.parsedate_tz(value)
+        return email.utils.mktime_tz(parts) - now if parts else 0.0
     except (ValueError, OverflowError, IndexError):  # its parser, before Python 3.10
-        return None
+        return 0.0
 
 
 # ---------------------------------------------------------------------------
@@ -4546,19 +4483,9 @@ def draw_wait(retry: Retry, failures: int, draw: float) -> float:
     return draw * min(retry.wait_max, bound)
 
 
-_CONSTRAINTS = (
-    "response_format",
-    "format",
-    "grammar",
-    "json_schema",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "structured_outputs",
-    "output_format",
-    "regex",
-    "ebnf",
+_CONSTRAINTS = _words(
+    "response_format format grammar json_schema guided_json guided_regex guided_choice "
+    "guided_grammar structured_outputs output_format regex ebnf"
 )
 _SETTINGS = ("options", "generationConfig", "parameters", "text", "output_config")
 
@@ -4575,10 +4502,10 @@ def _settings(body: dict[str, Any]) -> dict[str, Any]:
 def _is_constrained(body: dict[str, Any]) -> bool:
     flat = _settings(body)
     values = [flat[name] for name in _CONSTRAINTS if flat.get(name)]
-    schemas = [flat.get(name) for name in ("responseSchema", "responseJsonSchema")]
     plain = [v for v in values if _dict(v).get("type") != "text"]
+    schemas = flat.get("responseSchema") or flat.get("responseJsonSchema")
     mime = flat.get("responseMimeType") not in (None, "text/plain")
-    return bool(plain or any(schemas) or mime)
+    return bool(plain or schemas or mime)
 
 
 def _is_repeatable(body: dict[str, Any]) -> bool:
