@@ -736,40 +736,32 @@ class Observer:
         """Called once, when the stream has completed."""
 
 
-class _Kind(NamedTuple):
-    """What a field of the options may be, and what is said of anything else."""
-
-    types: tuple[type, ...]
-    least: float
-    most: float
-    needs: str
-    range: str
-
-
+# What a field of the options may be, and what it needs otherwise: its types, the least
+# and the most, and the words for both.  (Beyond 1e9 s, the clocks of some systems
+# overflow.)
+_SECONDS = ((int, float), 0, 1e9, "seconds", "0 to 1e+09 seconds")
 _WHOLE = "a whole number, or None for no limit"
-_LIMIT = _Kind((int,), 1, math.inf, _WHOLE, "1 or more, or None for no limit")
-_COUNT = _Kind((int,), 0, math.inf, _WHOLE, "0 or more, or None for no limit")
-# Beyond a billion, the clocks of some systems overflow.
-_SECONDS = _Kind((int, float), 0, 1e9, "seconds", "0 to 1e+09 seconds")
+_LIMIT = (int, 1, math.inf, _WHOLE, "1 or more, or None for no limit")
+_COUNT = (int, 0, math.inf, _WHOLE, "0 or more, or None for no limit")
 
 
 class _Options:
     """Frozen, comparable and printable; dataclasses would cost a third of our import."""
 
     #: The kind of each field, by its name.
-    _fields: ClassVar[Mapping[str, _Kind]] = {}
+    _fields: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     _takes_none = True
 
     def __init__(self, given: Mapping[str, Any]) -> None:
-        for name, kind in self._fields.items():
+        for name, (types, least, most, needs, size) in self._fields.items():
             value = vars(self)[name] = given[name]
             where = f"{type(self).__name__}({name}={value!r})"
             if value is None and self._takes_none:
                 continue
-            if isinstance(value, bool) or not isinstance(value, kind.types):
-                raise TypeError(f"{where}: needs {kind.needs}")
-            if not kind.least <= value <= kind.most:
-                raise ValueError(f"{where}: needs {kind.range}")
+            if isinstance(value, bool) or not isinstance(value, types):
+                raise TypeError(f"{where}: needs {needs}")
+            if not least <= value <= most:
+                raise ValueError(f"{where}: needs {size}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{type(self).__name__} is frozen: make another one")
@@ -855,7 +847,7 @@ class Retry(_Options):
     :raises ValueError: a value is out of range.
     """
 
-    _fields: ClassVar[Mapping[str, _Kind]] = {
+    _fields: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "attempts": _LIMIT,
         **dict.fromkeys(_words("wait_initial wait_max retry_after_max"), _SECONDS),
     }
@@ -894,7 +886,7 @@ class Limits(_Options):
     :raises ValueError: a value is out of range.
     """
 
-    _fields: ClassVar[Mapping[str, _Kind]] = {
+    _fields: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **dict.fromkeys(_words("line event text"), _LIMIT),
         "malformed": _COUNT,
     }
