@@ -667,8 +667,10 @@ class StreamRecord(NamedTuple):
 if TYPE_CHECKING:  # type aliases are no code: 3.7 cannot run them
     Piece = str | Delta
     Messages = str | Sequence[Any]
+    Body = dict[str, Any]
+    Turns = Sequence[tuple[str, str]]
     Hook = Callable[[StreamRecord], Any]
-    ResumeMode = str | Callable[[dict[str, Any], str], dict[str, Any]]
+    ResumeMode = str | Callable[[Body, str], Body]
 
 
 class Observer:
@@ -2297,7 +2299,7 @@ class Dialect:
     #: Whether a finish reason is the last word (Gemini may send one on every chunk).
     finish_is_final = True
     #: Keys that may carry text, tool arguments, a finish reason or an error.
-    vital_keys: tuple[str, ...] = ("content", "text", "finish_reason", "error")
+    vital_keys = _words("content text finish_reason error")
     #: Keys whose values :meth:`read` does not look at once an answer has begun, such
     #: as padding, or the ID that each chunk repeats.
     idle_keys: tuple[str, ...] = ()
@@ -2315,6 +2317,8 @@ class Dialect:
     needs_key = False
     #: Whether events are padded with spaces before their last brace.
     pads = False
+    #: The key of the prompt, where the body has one text in place of ``messages``.
+    prompt_key = ""
 
     def named_url(self, value: str) -> str:
         """The base URL that an environment variable names."""
@@ -2336,11 +2340,11 @@ class Dialect:
         """Other headers that the provider needs."""
         return {}
 
-    def body(
-        self, messages: Messages, model: str | None, params: dict[str, Any]
-    ) -> dict[str, Any]:
+    def body(self, messages: Messages, model: str | None, params: Body) -> Body:
         """The request body."""
-        body: dict[str, Any] = {"messages": _turns(messages), "stream": True}
+        body: Body = {"messages": _turns(messages), "stream": True}
+        if self.prompt_key:
+            body = {self.prompt_key: _prompt(messages), "stream": True}
         if model is not None:
             body["model"] = model
         return {**body, **params}
@@ -2366,21 +2370,24 @@ class Dialect:
         """The error that an event, or a whole body, reports."""
         return _api_error(document)
 
-    def prefill(self, body: dict[str, Any], text: str) -> dict[str, Any] | None:
+    def prefill(self, body: Body, text: str) -> Body | None:
         """The body whose reply continues text; None if there is no such thing."""
-        return self.add_turns(body, [("assistant", text)])
+        if not self.prompt_key:
+            return self.add_turns(body, [("assistant", text)])
+        prompt = body.get(self.prompt_key)
+        if not isinstance(prompt, str):
+            return None
+        return {**body, self.prompt_key: prompt + text}
 
-    def exact(self, body: dict[str, Any]) -> bool:
+    def exact(self, body: Body) -> bool:
         """Whether the reply to :meth:`prefill` surely continues the text."""
         return self.continues_exactly
 
-    def add_reasoning(self, body: dict[str, Any], reasoning: str) -> dict[str, Any]:
+    def add_reasoning(self, body: Body, reasoning: str) -> Body:
         """The body of :meth:`prefill`, with the reasoning that led to its text."""
         return body
 
-    def add_turns(
-        self, body: dict[str, Any], turns: Sequence[tuple[str, str]]
-    ) -> dict[str, Any] | None:
+    def add_turns(self, body: Body, turns: Turns) -> Body | None:
         """The body with turns ``(role, text)`` appended; None if it takes none."""
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
@@ -2433,9 +2440,7 @@ def _split_system(messages: Messages) -> tuple[str, list[Any]]:
     return "\n\n".join(_plain_text(m.get("content")) for m in system), rest
 
 
-def _append_turns(
-    messages: list[Any], turns: Sequence[tuple[str, str]], key: str
-) -> list[Any]:
+def _append_turns(messages: list[Any], turns: Turns, key: str) -> list[Any]:
     """Append turns; a last assistant message of the caller's is continued."""
     (role, text), rest = turns[0], turns[1:]
     last = _dict(messages[-1])
@@ -2467,27 +2472,35 @@ def _join_url(base_url: str, path: str) -> str:
 #: Finish reasons that name an interruption: a drop, whatever marker follows it.  Of
 #: vLLM (shutdown, scale-down), GLM, DeepSeek and gateways; other words are ends.
 _INTERRUPTIONS = frozenset(
-    [
-        "abort",
-        "aborted",
-        "cancelled",
-        "canceled",
-        "error",
-        "error_finish",
-        "network_error",
-        "insufficient_system_resource",
-        "repetition_truncation",
-    ]
+    _words(
+        "abort aborted cancelled canceled error error_finish network_error "
+        "insufficient_system_resource repetition_truncation"
+    )
 )
 
-_STANDARD_FINISHES = {
-    "stop": "stop",
-    "length": "length",
-    "tool_calls": "tool_calls",
-    "function_call": "tool_calls",
-    "content_filter": "content_filter",
-    "model_length": "length",
-}
+
+def _finishes(**words: str) -> Mapping[str, str]:
+    """OpenAI's word for each of a provider's finish reasons, from its words for each."""
+    return {word: ours for ours in words for word in words[ours].split()}
+
+
+def _openai_turn(answer: Answer, text: str) -> dict[str, Any]:
+    """The assistant turn as OpenAI takes it, and who copies that."""
+    calls = [
+        {
+            "id": call.id,
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for call in answer.tool_calls()
+    ]
+    content = text if text or not calls else None
+    turn: dict[str, Any] = {"role": "assistant", "content": content}
+    if answer.side_text("refusal"):
+        turn["refusal"] = answer.side_text("refusal")
+    if calls and answer.memory.get("legacy"):
+        return {**turn, "function_call": calls[0]["function"]}
+    return {**turn, "tool_calls": calls} if calls else turn
 
 
 class OpenAI(Dialect):
@@ -2498,31 +2511,24 @@ class OpenAI(Dialect):
 
     name = "openai"
     base_url: str | None = "https://api.openai.com/v1"
-    base_url_names: tuple[str, ...] = ("OPENAI_BASE_URL",)
-    key_names: tuple[str, ...] = ("OPENAI_API_KEY",)
+    base_url_names = _words("OPENAI_BASE_URL")
+    key_names = _words("OPENAI_API_KEY")
     path = "/chat/completions"
-    vital_keys: tuple[str, ...] = (
-        *Dialect.vital_keys,
-        "delta",
-        "reasoning",
-        "reasoning_content",
-        "refusal",
-        "arguments",
-        "tool_calls",
+    vital_keys = _words(
+        "content text finish_reason error delta reasoning reasoning_content refusal "
+        "arguments tool_calls"
     )
-    idle_keys: tuple[str, ...] = (
-        "id",
-        "obfuscation",
-        "p",
-        "created",
-        "system_fingerprint",
+    idle_keys = _words("id obfuscation p created system_fingerprint")
+    finish_reasons = _finishes(
+        stop="stop",
+        length="length model_length",
+        tool_calls="tool_calls function_call",
+        content_filter="content_filter",
     )
-    finish_reasons: ClassVar[Mapping[str, str]] = _STANDARD_FINISHES
+    #: Whether usage comes only if the request asks for it.
     asks_for_usage = True
 
-    def body(
-        self, messages: Messages, model: str | None, params: dict[str, Any]
-    ) -> dict[str, Any]:
+    def body(self, messages: Messages, model: str | None, params: Body) -> Body:
         body = super().body(messages, model, params)
         if self.asks_for_usage:
             body.setdefault("stream_options", {"include_usage": True})
@@ -2540,22 +2546,26 @@ class OpenAI(Dialect):
         """Read a chunk, or a whole answer: they differ in where a choice's words are."""
         answer.identify(chunk.get("id"), chunk.get("model"))
         for choice in _dicts(chunk.get("choices"), answer):
-            self._read_choice(choice, choice.get(key), answer)
-        self._read_usage(chunk, answer)
+            index = choice.get("index")
+            self._read_delta(choice, key, _index(index), answer)
+            if choice.get("error"):  # OpenRouter's, of the provider behind it
+                error = self.error({"error": choice["error"]})
+                error.retryable = error.retryable or error.status is None
+                answer.fail(error)
+            self.finish(answer, choice.get("finish_reason"), index)
+        usage = chunk.get("usage") or _dict(chunk.get("x_groq")).get("usage")
+        if isinstance(usage, dict) and usage:
+            sent, received = usage.get("prompt_tokens"), usage.get("completion_tokens")
+            answer.count(sent, received, usage)
         if chunk.get("object") == "error":  # vLLM before 0.6
             answer.fail(self.error(chunk))
 
-    def _read_choice(self, choice: dict[str, Any], delta: Any, answer: Answer) -> None:
-        index = choice.get("index")
-        if delta is not None:
-            self._read_delta(_dict(delta, answer), _index(index), answer)
-        if choice.get("error"):  # OpenRouter's, of the provider behind it
-            error = self.error({"error": choice["error"]})
-            error.retryable = error.retryable or error.status is None
-            answer.fail(error)
-        self.finish(answer, choice.get("finish_reason"), index)
-
-    def _read_delta(self, delta: dict[str, Any], index: int, answer: Answer) -> None:
+    def _read_delta(
+        self, choice: dict[str, Any], key: str, index: int, answer: Answer
+    ) -> None:
+        if choice.get(key) is None:
+            return
+        delta = _dict(choice[key], answer)
         answer.reasoning(_reasoning(delta), index)
         content = delta.get("content")
         if isinstance(content, list):
@@ -2620,31 +2630,8 @@ class OpenAI(Dialect):
             slot = answer.memory["slot", base] = (*base, id or answer.calls_begun)
         return slot
 
-    def _read_usage(self, chunk: dict[str, Any], answer: Answer) -> None:
-        groq = chunk.get("x_groq")
-        usage = chunk.get("usage") or (_dict(groq).get("usage") if groq else None)
-        if isinstance(usage, dict) and usage:
-            answer.count(
-                usage.get("prompt_tokens"), usage.get("completion_tokens"), usage
-            )
-
     def message(self, answer: Answer, text: str) -> Any:
-        calls = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for call in answer.tool_calls()
-        ]
-        message: dict[str, Any] = {"role": "assistant", "content": text or None}
-        if not (text or calls):
-            message["content"] = ""
-        if answer.side_text("refusal"):
-            message["refusal"] = answer.side_text("refusal")
-        if calls and answer.memory.get("legacy"):
-            return {**message, "function_call": calls[0]["function"]}
-        return {**message, "tool_calls": calls} if calls else message
+        return _openai_turn(answer, text)
 
 
 def _reasoning(delta: dict[str, Any]) -> Any:
@@ -2663,9 +2650,9 @@ class Azure(OpenAI):
     """Azure OpenAI: the base URL is a deployment's, or the resource's /openai/v1."""
 
     name = "azure"
-    base_url: str | None = None
-    base_url_names: tuple[str, ...] = ("AZURE_OPENAI_ENDPOINT",)
-    key_names: tuple[str, ...] = ("AZURE_OPENAI_API_KEY", "AZURE_OPENAI_AD_TOKEN")
+    base_url = None
+    base_url_names = _words("AZURE_OPENAI_ENDPOINT")
+    key_names = _words("AZURE_OPENAI_API_KEY AZURE_OPENAI_AD_TOKEN")
     needs_key = True
 
     def url(self, base_url: str, model: str | None) -> str:
@@ -2689,47 +2676,42 @@ class VLLM(OpenAI):
     """vLLM and SGLang."""
 
     name = "vllm"
-    base_url: str | None = "http://localhost:8000/v1"
-    base_url_names: tuple[str, ...] = ()
-    key_names: tuple[str, ...] = ()
+    base_url = "http://localhost:8000/v1"
+    base_url_names = key_names = Dialect.key_names
     continues_exactly = True
     repeats_prefix = False
 
-    def prefill(self, body: dict[str, Any], text: str) -> dict[str, Any] | None:
+    def prefill(self, body: Body, text: str) -> Body | None:
         more = super().prefill(body, text)
-        if more is None:
-            return None
         flags = {"continue_final_message": True, "add_generation_prompt": False}
-        return {**more, **flags, "echo": False}
+        return more and {**more, **flags, "echo": False}
 
 
 class LlamaCpp(OpenAI):
     """The server of llama.cpp, which continues a last assistant message."""
 
     name = "llamacpp"
-    base_url: str | None = "http://localhost:8080/v1"
-    base_url_names: tuple[str, ...] = ()
-    key_names: tuple[str, ...] = ()
+    base_url = "http://localhost:8080/v1"
+    base_url_names = key_names = Dialect.key_names
     continues_exactly = True
     repeats_prefix = False
-    idle_keys: tuple[str, ...] = (*OpenAI.idle_keys, "timings")
+    idle_keys = (*OpenAI.idle_keys, "timings")
 
 
 class Mistral(OpenAI):
     """Mistral, whose prefix is a flag, and which refuses unknown keys."""
 
     name = "mistral"
-    base_url: str | None = "https://api.mistral.ai/v1"
-    base_url_names: tuple[str, ...] = ()
-    key_names: tuple[str, ...] = ("MISTRAL_API_KEY",)
+    base_url = "https://api.mistral.ai/v1"
+    base_url_names = Dialect.base_url_names
+    key_names = _words("MISTRAL_API_KEY")
     asks_for_usage = False
     continues_exactly = True
 
-    def prefill(self, body: dict[str, Any], text: str) -> dict[str, Any] | None:
+    def prefill(self, body: Body, text: str) -> Body | None:
         more = super().prefill(body, text)
-        if more is None:
-            return None
-        more["messages"][-1] = {**more["messages"][-1], "prefix": True}
+        if more:
+            more["messages"][-1] = {**more["messages"][-1], "prefix": True}
         return more
 
 
@@ -2740,8 +2722,8 @@ class DeepSeek(Mistral):
     """
 
     name = "deepseek"
-    base_url: str | None = "https://api.deepseek.com"
-    key_names: tuple[str, ...] = ("DEEPSEEK_API_KEY",)
+    base_url = "https://api.deepseek.com"
+    key_names = _words("DEEPSEEK_API_KEY")
     asks_for_usage = True
     repeats_prefix = False
 
@@ -2751,7 +2733,7 @@ class DeepSeek(Mistral):
             return url
         return urlunsplit(parts._replace(path="/beta" + self.path))
 
-    def add_reasoning(self, body: dict[str, Any], reasoning: str) -> dict[str, Any]:
+    def add_reasoning(self, body: Body, reasoning: str) -> Body:
         *turns, last = body["messages"]
         return {**body, "messages": [*turns, {**last, "reasoning_content": reasoning}]}
 
@@ -2760,10 +2742,10 @@ class OpenRouter(OpenAI):
     """OpenRouter: whether an answer can be continued depends on the routed model."""
 
     name = "openrouter"
-    base_url: str | None = "https://openrouter.ai/api/v1"
-    base_url_names: tuple[str, ...] = ("OPENROUTER_BASE_URL",)
-    key_names: tuple[str, ...] = ("OPENROUTER_API_KEY",)
-    idle_keys: tuple[str, ...] = (*OpenAI.idle_keys, "provider")
+    base_url = "https://openrouter.ai/api/v1"
+    base_url_names = _words("OPENROUTER_BASE_URL")
+    key_names = _words("OPENROUTER_API_KEY")
+    idle_keys = (*OpenAI.idle_keys, "provider")
 
 
 class OpenAICompletions(OpenAI):
@@ -2771,32 +2753,23 @@ class OpenAICompletions(OpenAI):
 
     name = "openai-completions"
     path = "/completions"
+    prompt_key = "prompt"
     continues_exactly = True
     repeats_prefix = False
 
-    def body(
-        self, messages: Messages, model: str | None, params: dict[str, Any]
-    ) -> dict[str, Any]:
-        body = super().body("", model, params)
-        del body["messages"]
-        return {"prompt": _prompt(messages), **body}
-
-    def _read_choice(self, choice: dict[str, Any], delta: Any, answer: Answer) -> None:
-        answer.text(choice.get("text"), choice.get("index"))
-        super()._read_choice(choice, None, answer)
+    def _read_delta(
+        self, choice: dict[str, Any], key: str, index: int, answer: Answer
+    ) -> None:
+        answer.text(choice.get("text"), index)
 
     def message(self, answer: Answer, text: str) -> Any:
         return {"role": "assistant", "content": text}
 
-    def prefill(self, body: dict[str, Any], text: str) -> dict[str, Any] | None:
-        if not isinstance(body.get("prompt"), str) or body.get("echo"):
-            return None  # an echo has put the prompt into the text
-        return {**body, "prompt": body["prompt"] + text, "echo": False}
-
-    def add_turns(
-        self, body: dict[str, Any], turns: Sequence[tuple[str, str]]
-    ) -> dict[str, Any] | None:
-        return None
+    def prefill(self, body: Body, text: str) -> Body | None:
+        if body.get("echo"):
+            return None  # it has put the prompt into the text
+        more = super().prefill(body, text)
+        return more and {**more, "echo": False}
 
 
 class _ResponsesEvents(Dialect):
@@ -3526,42 +3499,32 @@ class Cohere(Dialect):
     """
 
     name = "cohere"
-    base_url: str | None = "https://api.cohere.com"
-    base_url_names: tuple[str, ...] = ("CO_API_URL",)
-    key_names: tuple[str, ...] = ("CO_API_KEY",)
+    base_url = "https://api.cohere.com"
+    base_url_names = _words("CO_API_URL")
+    key_names = _words("CO_API_KEY")
     path = "/v2/chat"
-    vital_keys: tuple[str, ...] = (
-        "text",
-        "thinking",
-        "arguments",
-        "finish_reason",
-        "error",
+    vital_keys = _words("text thinking arguments finish_reason error")
+    finish_reasons = _finishes(
+        stop="COMPLETE STOP_SEQUENCE", length="MAX_TOKENS", tool_calls="TOOL_CALL"
     )
-    finish_reasons: ClassVar[Mapping[str, str]] = {
-        "COMPLETE": "stop",
-        "STOP_SEQUENCE": "stop",
-        "MAX_TOKENS": "length",
-        "TOOL_CALL": "tool_calls",
-    }
 
     def read(self, chunk: dict[str, Any], answer: Answer, event: str) -> None:
-        kind = chunk.get("type") or event
+        what, key = chunk.get("type") or event, str(chunk.get("index"))
         delta = _dict(chunk.get("delta"), answer)
         message = _dict(delta.get("message"), answer)
-        if kind == "message-start":
+        if what == "message-start":
             answer.identify(chunk.get("id"), None)
-        if kind in ("message-start", "tool-plan-delta"):
             answer.advance()
-        if kind in ("content-start", "content-delta"):
+        elif what in ("content-start", "content-delta"):
             self._read_content(_dict(message.get("content"), answer), answer)
-        if kind in ("tool-call-start", "tool-call-delta"):
-            calls = _dict(message.get("tool_calls"), answer)
-            self._read_call(str(chunk.get("index")), calls, answer)
-        if kind == "tool-call-end":
-            answer.close_call(str(chunk.get("index")))
-        if kind == "tool-plan-delta":
+        elif what in ("tool-call-start", "tool-call-delta"):
+            self._read_call(key, _dict(message.get("tool_calls"), answer), answer)
+        elif what == "tool-call-end":
+            answer.close_call(key)
+        elif what == "tool-plan-delta":
             self._read_plan(message, answer)
-        if kind == "message-end":
+            answer.advance()
+        elif what == "message-end":
             self._read_end(delta, answer)
 
     def read_whole(self, document: dict[str, Any], answer: Answer) -> None:
@@ -3605,11 +3568,11 @@ class Cohere(Dialect):
             self.finish(answer, raw)
 
     def message(self, answer: Answer, text: str) -> Any:
-        message = OpenAI.message(cast(OpenAI, self), answer, text)
-        if message["content"] is None:
-            del message["content"]
+        turn = _openai_turn(answer, text)
+        if turn["content"] is None:
+            del turn["content"]
         plan = answer.memory.get("plan")
-        return {**message, "tool_plan": plan.text} if plan else message
+        return {**turn, "tool_plan": plan.text} if plan else turn
 
 
 class Ollama(Dialect):
@@ -3619,22 +3582,15 @@ class Ollama(Dialect):
     """
 
     name = "ollama"
-    base_url: str | None = "http://localhost:11434"
-    base_url_names: tuple[str, ...] = ("OLLAMA_HOST",)
-    key_names: tuple[str, ...] = ("OLLAMA_API_KEY",)
+    base_url = "http://localhost:11434"
+    base_url_names = _words("OLLAMA_HOST")
+    key_names = _words("OLLAMA_API_KEY")
     path = "/api/chat"
     framing = "ndjson"
     end_marker = ""
-    vital_keys: tuple[str, ...] = (
-        "content",
-        "thinking",
-        "response",
-        "tool_calls",
-        "done",
-        "error",
-    )
-    idle_keys: tuple[str, ...] = ("created_at",)
-    finish_reasons: ClassVar[Mapping[str, str]] = {"stop": "stop", "length": "length"}
+    vital_keys = _words("content thinking response tool_calls done error")
+    idle_keys = _words("created_at")
+    finish_reasons = _finishes(stop="stop", length="length")
 
     def named_url(self, value: str) -> str:
         """OLLAMA_HOST is the server's address to listen at, often without scheme."""
@@ -3648,31 +3604,20 @@ class Ollama(Dialect):
 
     def read(self, chunk: dict[str, Any], answer: Answer, event: str) -> None:
         answer.identify(None, chunk.get("model"))
-        message = self._message_of(chunk, answer)
+        message = _dict(chunk.get("message"), answer)
         answer.reasoning(message.get("thinking"))
         answer.text(message.get("content"))
-        for call in _dicts(message.get("tool_calls"), answer):
-            self._read_call(call, answer)
-        if chunk.get("done") is True:
-            self._read_end(chunk, answer)
-
-    def _message_of(self, chunk: dict[str, Any], answer: Answer) -> dict[str, Any]:
-        return _dict(chunk.get("message"), answer)
-
-    def _read_call(self, call: dict[str, Any], answer: Answer) -> None:
-        function, key = _dict(call.get("function"), answer), answer.calls_begun
-        answer.open_call(key, call.get("id"), function.get("name"))
-        answer.call_arguments(key, jsonlib.dumps(function.get("arguments") or {}))
-        answer.close_call(key)
-
-    def _read_end(self, chunk: dict[str, Any], answer: Answer) -> None:
+        for call in _dicts(message.get("tool_calls"), answer):  # each comes whole
+            function, key = _dict(call.get("function"), answer), answer.calls_begun
+            answer.open_call(key, call.get("id"), function.get("name"))
+            answer.call_arguments(key, jsonlib.dumps(function.get("arguments") or {}))
+            answer.close_call(key)
+        if chunk.get("done") is not True:
+            return
+        counts = {k: v for k, v in chunk.items() if k.endswith(("count", "duration"))}
+        sent, received = chunk.get("prompt_eval_count"), chunk.get("eval_count")
         if "eval_count" in chunk or "prompt_eval_count" in chunk:
-            counts = {
-                k: v for k, v in chunk.items() if k.endswith(("count", "duration"))
-            }
-            answer.count(
-                chunk.get("prompt_eval_count"), chunk.get("eval_count"), counts
-            )
+            answer.count(sent, received, counts)
         raw = chunk.get("done_reason")
         if raw == "stop" and answer.calls_begun:
             answer.finish("tool_calls", raw)
@@ -3699,32 +3644,24 @@ class OllamaGenerate(Ollama):
 
     name = "ollama-generate"
     path = "/api/generate"
+    prompt_key = "prompt"
     repeats_prefix = False
 
-    def body(
-        self, messages: Messages, model: str | None, params: dict[str, Any]
-    ) -> dict[str, Any]:
+    def body(self, messages: Messages, model: str | None, params: Body) -> Body:
         system, turns = _split_system(messages)
-        prompt = messages if isinstance(messages, str) else _prompt(turns)
-        body = super().body("", model, params)
-        del body["messages"]
-        return {"prompt": prompt, **({"system": system} if system else {}), **body}
+        body = super().body(turns, model, params)
+        return {"system": system, **body} if system else body
 
-    def _message_of(self, chunk: dict[str, Any], answer: Answer) -> dict[str, Any]:
-        return {"content": chunk.get("response"), "thinking": chunk.get("thinking")}
+    def read(self, chunk: dict[str, Any], answer: Answer, event: str) -> None:
+        message = {"content": chunk.get("response"), "thinking": chunk.get("thinking")}
+        super().read({**chunk, "message": message}, answer, event)
 
-    def prefill(self, body: dict[str, Any], text: str) -> dict[str, Any] | None:
-        if body.get("raw") is not True or not isinstance(body.get("prompt"), str):
-            return None  # a template would be put around prompt and text
-        return {**body, "prompt": body["prompt"] + text}
+    def prefill(self, body: Body, text: str) -> Body | None:
+        # A template would be put around prompt and text, unless the body is raw.
+        return super().prefill(body, text) if self.exact(body) else None
 
-    def exact(self, body: dict[str, Any]) -> bool:
+    def exact(self, body: Body) -> bool:
         return body.get("raw") is True
-
-    def add_turns(
-        self, body: dict[str, Any], turns: Sequence[tuple[str, str]]
-    ) -> dict[str, Any] | None:
-        return None
 
 
 class TGI(Dialect):
@@ -3733,18 +3670,13 @@ class TGI(Dialect):
     name = "tgi"
     path = "/generate_stream"
     end_marker = ""
-    vital_keys: tuple[str, ...] = ("token", "text", "generated_text", "error")
+    vital_keys = _words("token text generated_text error")
+    prompt_key = "inputs"
     continues_exactly = True
     repeats_prefix = False
-    finish_reasons: ClassVar[Mapping[str, str]] = {
-        "length": "length",
-        "eos_token": "stop",
-        "stop_sequence": "stop",
-    }
+    finish_reasons = _finishes(stop="eos_token stop_sequence", length="length")
 
-    def body(
-        self, messages: Messages, model: str | None, params: dict[str, Any]
-    ) -> dict[str, Any]:
+    def body(self, messages: Messages, model: str | None, params: Body) -> Body:
         parameters = {"details": True, **_dict(params.get("parameters"))}
         return {**params, "inputs": _prompt(messages), "parameters": parameters}
 
@@ -3766,36 +3698,14 @@ class TGI(Dialect):
             self.finish(answer, details.get("finish_reason"))
         answer.end()
 
-    def prefill(self, body: dict[str, Any], text: str) -> dict[str, Any] | None:
-        if not isinstance(body.get("inputs"), str):
-            return None
-        return {**body, "inputs": body["inputs"] + text}
-
-    def add_turns(
-        self, body: dict[str, Any], turns: Sequence[tuple[str, str]]
-    ) -> dict[str, Any] | None:
-        return None
-
 
 #: The dialects by name; add your own, or pass an instance as ``dialect=``.
 DIALECTS: dict[str, Dialect] = {
-    dialect.name: dialect
-    for dialect in (
-        OpenAI(),
-        Azure(),
-        VLLM(),
-        LlamaCpp(),
-        Mistral(),
-        DeepSeek(),
-        OpenRouter(),
-        OpenAIResponses(),
-        OpenAICompletions(),
-        Anthropic(),
-        Gemini(),
-        Cohere(),
-        Ollama(),
-        OllamaGenerate(),
-        TGI(),
+    kind.name: kind()
+    for kind in (
+        *(OpenAI, Azure, VLLM, LlamaCpp, Mistral, DeepSeek, OpenRouter),
+        *(OpenAIResponses, OpenAICompletions, Anthropic, Gemini),
+        *(Cohere, Ollama, OllamaGenerate, TGI),
     )
 }
 
