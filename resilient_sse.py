@@ -2239,13 +2239,11 @@ def http_error(
 
 
 def _seconds_in(value: str, now: float) -> float:
-    """Seconds from a number, or until a date as HTTP writes it; 0 if it is neither."""
-    with contextlib.suppress(ValueError):  # then it may be a date
-        return float(value)
+    """Seconds until a date as HTTP writes it, or a number of them; 0 if it is neither."""
     try:
-        parts = email.utils.parsedate_tz(value)
-        return email.utils.mktime_tz(parts) - now if parts else 0.0
-    except (ValueError, OverflowError, IndexError):  # its parser, before Python 3.10
+        date = email.utils.parsedate_tz(value)
+        return email.utils.mktime_tz(date) - now if date else float(value)
+    except (ValueError, OverflowError, IndexError):  # the latter before Python 3.10
         return 0.0
 
 
@@ -6778,6 +6776,31 @@ _OTHER_NAMES = {
     "prompt": "the first argument, messages",
 }
 
+#: The types of arguments, and what is said of a value of another one.
+_ARGUMENTS: dict[str, tuple[Any, str]] = {
+    "model": (
+        (str, type(None)),
+        "={!r}: needs a string, or None where the URL or the server decides it",
+    ),
+    "timeouts": (Timeouts, "={!r}: needs Timeouts(...)"),
+    "retry": ((Retry, type(None)), "={!r}: needs Retry(...)"),
+    "limits": (Limits, "={!r}: needs Limits(...)"),
+    "session": ((requests.Session, type(None)), "={!r}: needs Session(...)"),
+    "last_event_id": (str, "={!r}: needs a string"),
+    # These may hold a key, or a prompt: they are not shown.
+    "headers": ((Mapping, type(None)), ": needs a dict, not {1}"),
+    "extra_body": ((Mapping, type(None)), ": needs a dict, not {1}"),
+    "base_url": ((str, type(None)), ": needs a string, not {1}"),
+    "url": (str, ": needs a string, not {1}"),
+}
+
+
+def _check_types(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        types, needs = _ARGUMENTS[name]
+        if not isinstance(value, types):
+            raise TypeError(name + needs.format(value, type(value).__name__))
+
 
 def _refuse_other_names(params: dict[str, Any]) -> None:
     for name in params:
@@ -6812,32 +6835,6 @@ def _known_observers(
                 "into Observer(on_token=function)"
             )
     return observers
-
-
-def _check_type(name: str, value: Any, kind: type) -> None:
-    if not isinstance(value, kind):
-        raise TypeError(f"{name}={value!r}: needs {kind.__name__}(...)")
-
-
-def _check_options(retry: Any, session: Any) -> None:
-    """Check what may be None."""
-    if retry is not None:
-        _check_type("retry", retry, Retry)
-    if session is not None:
-        _check_type("session", session, requests.Session)
-
-
-def _check_mapping(name: str, value: Any) -> None:
-    if value is not None and not isinstance(value, Mapping):
-        raise TypeError(f"{name}: needs a dict, not {type(value).__name__}")
-
-
-def _check_model(model: Any) -> None:
-    if model is not None and not isinstance(model, str):
-        raise TypeError(
-            f"model={model!r}: needs a string, or None where the URL or the server "
-            "decides it"
-        )
 
 
 def _check_messages(messages: Any) -> None:
@@ -6879,7 +6876,6 @@ def _checked_key(key: Any) -> str:
 
 
 def _checked_headers(headers: Mapping[str, Any] | None) -> dict[str, Any]:
-    _check_mapping("headers", headers)
     checked: dict[str, Any] = dict(headers or {})
     for name, value in checked.items():
         if not isinstance(name, str):
@@ -6899,14 +6895,12 @@ def _origin(url: str) -> tuple[str, str, int]:
     return parts.scheme, parts.hostname or "", port
 
 
-def _checked_url(name: str, url: Any) -> str:
-    if not isinstance(url, str):
-        raise TypeError(f"{name}: needs a string, not {type(url).__name__}")
-    stripped = _Secret(url.strip())
-    fault = _fault_of(stripped)
+def _checked_url(name: str, url: str) -> str:
+    url = _Secret(url.strip())
+    fault = _fault_of(url)
     if fault:
         raise ValueError(f"{name}: {fault}")
-    return stripped
+    return url
 
 
 def _fault_of(url: str) -> str:
@@ -6946,26 +6940,28 @@ def _address(
     A key from the environment goes to the provider's own origin, or to a base URL
     that is from the environment too, and nowhere else.
     """
-    found = None if base_url is not None else _environment(dialect.base_url_names)
-    if found is not None:
-        found = dialect.named_url(found)
-    url = base_url if base_url is not None else found or dialect.base_url
-    names = " or ".join(dialect.base_url_names)
+    url, name, trusted = base_url, "base_url", False
+    if url is None:
+        url = _environment(dialect.base_url_names)
+        if url is not None:
+            url, name = dialect.named_url(url), " or ".join(dialect.base_url_names)
+            trusted = True
+    if url is None:
+        url = dialect.base_url
     if url is None:
         ways = " or ".join(["base_url=", *dialect.base_url_names])
         raise ValueError(f"dialect {dialect.name!r} needs {ways}")
-    url = _checked_url("base_url" if found is None else names, url)
-    own = dialect.base_url is not None and _origin(url) == _origin(dialect.base_url)
-    trusted = own or found is not None
-    if api_key is not None and not callable(api_key):
-        api_key = _checked_key(api_key)
-    if api_key is not None or _has_auth(dialect, headers):
-        return url, api_key
+    url = _checked_url(name, url)
+    own = dialect.base_url
+    trusted = trusted or (own is not None and _origin(url) == _origin(own))
+    if api_key is not None:
+        return url, api_key if callable(api_key) else _checked_key(api_key)
+    brought = CaseInsensitiveDict(headers)  # the key may be among them
+    if any(name in brought for name in [*dialect.auth("key"), "Authorization"]):
+        return url, None
     key = _veiled(_environment(dialect.key_names)) if trusted else None
-    own_is_remote = (dialect.base_url or "").startswith("https:")
-    needed = dialect.needs_key or (
-        trusted and own_is_remote and _origin(url)[0] == "https"
-    )
+    is_remote = _origin(url)[0] == "https" and (own or "").startswith("https:")
+    needed = dialect.needs_key or (trusted and is_remote)
     if key is None and needed and dialect.key_names:
         raise ValueError(
             "no key: pass api_key=..., or set {}{}".format(
@@ -6974,12 +6970,6 @@ def _address(
             )
         )
     return url, key
-
-
-def _has_auth(dialect: Dialect, headers: Mapping[str, Any]) -> bool:
-    """Whether the caller's own headers bring the key."""
-    names = {name.lower() for name in [*dialect.auth("key"), "Authorization"]}
-    return any(name.lower() in names for name in headers)
 
 
 def stream_chat(
@@ -7053,11 +7043,8 @@ def stream_chat(
     params = _veiled_arguments(params)
     _refuse_other_names(params)
     _check_messages(messages)
-    _check_model(model)
-    _check_type("timeouts", timeouts, Timeouts)
-    _check_type("limits", limits, Limits)
-    _check_options(retry, session)
-    _check_mapping("extra_body", extra_body)
+    _check_types(model=model, base_url=base_url, headers=headers, extra_body=extra_body)
+    _check_types(timeouts=timeouts, retry=retry, limits=limits, session=session)
     if not (callable(resume) or resume in _MODES):
         raise ValueError(f"resume={resume!r}: use {_MODES}, or a function")
     known = _known_dialect(dialect)
@@ -7275,14 +7262,6 @@ class EventStream(_Stream[ServerSentEvent]):
         return seconds
 
 
-def _check_event_id(value: Any) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"last_event_id={value!r}: needs a string")
-    if any(character in value for character in "\0\r\n"):
-        raise ValueError(f"last_event_id={value!r}: has a line break or NUL in it")
-    _sent_event_id(value)
-
-
 def _sent_event_id(event_id: str) -> str:
     """The ID as it is sent: in UTF-8, and without the blanks around it, which are no
     part of a header's value.
@@ -7336,10 +7315,12 @@ def stream_events(
     :raises StreamingError: (from the loop) the stream is lost for good.
     """
     url, headers = _veiled(url), _veiled(headers)
-    _check_type("timeouts", timeouts, Timeouts)
-    _check_type("limits", limits, Limits)
-    _check_options(retry, session)
-    _check_event_id(last_event_id)
+    _check_types(url=url, headers=headers, last_event_id=last_event_id)
+    _check_types(timeouts=timeouts, retry=retry, limits=limits, session=session)
+    if any(character in last_event_id for character in "\0\r\n"):
+        why = "has a line break or NUL in it"
+        raise ValueError(f"last_event_id={last_event_id!r}: {why}")
+    _sent_event_id(last_event_id)  # or else it cannot be sent
     if method not in ("GET", "POST"):
         raise ValueError(f"method={method!r}: needs 'GET' or 'POST'")
     if json is not None and method == "GET":
