@@ -246,8 +246,9 @@ class StreamAbortedError(StreamingError):
 
 # -- what may be shown
 # One list of secret names, one search for secrets in a text, one way to show a URL.
-# What a server sends is cut by _clipped alone: its dots tell the search where a secret
-# may have been cut, so that none survives in part, whichever comes first.
+# A secret is looked for in a text as it stands, and in what the text says once its
+# escapes are undone.  What a server sends is cut by _clipped alone: its dots tell the
+# search where a secret may have been cut, so that none survives in part.
 
 #: Names of headers and of query parameters; the short words only as whole ones.
 _SECRET_NAME = re.compile(
@@ -375,7 +376,7 @@ def _spellings(secret: str) -> tuple[bytes, bytes]:
 
 
 def _search(text: bytes, secret: bytes, least: int) -> Iterator[tuple[int, int, bool]]:
-    """Where the secret, or its beginning, stands, how much of it, and if it is all."""
+    """Where the secret or its beginning stands, how much of it, and whether it is all."""
     at = text.find(secret[:_LEAST_SECRET])
     while at >= 0:
         seen = text[at : at + len(secret) + 2]
@@ -399,7 +400,7 @@ def _find_secrets(
     :returns: from where, to where, and whether it is whole.
     """
     spellings = list(map(_spellings, secrets))
-    # As it stands, since what is before a secret may look like the half of an escape.
+    # As it stands, since a secret may stand behind what then looks like an escape: %2.
     for exact, _ in spellings:
         for at, count, is_whole in _search(data, exact, least):
             yield at, at + count, is_whole
@@ -407,7 +408,7 @@ def _find_secrets(
     found = [hit for _, said in spellings for hit in _search(text, said, least)]
     if not found:
         return
-    places = [
+    places = [  # of each byte of the text in the data
         escape.span()
         for escape in re.finditer(_CUT_OR_ESCAPE + rb"|(?P<byte>[\s\S])", data)
         for _ in _meaning(escape).translate(None, _FILLING)

@@ -14343,6 +14343,26 @@ def test_a_text_loses_a_secret_that_was_cut_and_nothing_else(text, length, dots)
 
 
 @pytest.mark.parametrize(
+    "spell",
+    [
+        str,
+        lambda text: json.dumps(text)[1:-1],
+        lambda text: json.dumps(json.dumps(text)),
+        lambda text: quote(quote(text, ""), ""),
+        lambda text: text.replace("&", "&amp;").replace('"', "&quot;"),
+        lambda text: "".join(f"\\u{ord(letter):04X}" for letter in text),
+        lambda text: "".join(f"%{ord(letter):02x}" for letter in text),
+        lambda text: "".join(f"&#{ord(letter)};" for letter in text),
+        lambda text: text.replace(" ", "+"),
+    ],
+)
+@pytest.mark.parametrize("key", [*CANARIES.values(), "a\\b&c%d e=1"])
+def test_a_secret_is_found_however_it_is_spelled(key, spell):
+    text = rs._hidden(f"<{spell(key)}>", [key])
+    assert re.fullmatch('<[\\\\"]*\\*{3}[\\\\"]*>', text), text
+
+
+@pytest.mark.parametrize(
     ("fault", "hooks"),
     [
         ("401", "on_request on_response on_error"),
