@@ -2149,23 +2149,23 @@ def _api_error(
     kind = kind if kind != "error" else None  # the event's type, not the error's
     words = [str(code), str(_scalar(inner, "status_code"))]
     named = next((int(w) for w in words if re.match("[45][0-9][0-9]\\Z", w)), None)
-
+    # The message, wherever it stands.
     said = _scalar(inner, "message", "detail") or _scalar(
         outer, "message", "error", "detail", "msg", "error_description"
     )
     if said is None and isinstance(outer.get("detail"), list):  # FastAPI's
-        said = "; ".join(str(_first_object([d]).get("msg")) for d in outer["detail"])
+        said = "; ".join(str(_dict(d).get("msg")) for d in outer["detail"])
     said = " ".join(str(_as_text(document) if said is None else said).split())
     where = f"HTTP status {status}" if status else "an error inside the stream"
     label = f" ({_clipped(kind or code, 100)})" if kind or code else ""
-
+    # Whether it passes with time; for some quotas only the details tell.
     names, details = {str(code).lower(), str(kind).lower()}, inner.get("details")
     retry_after, is_quota = None, bool(names & _PERMANENT)
-    if isinstance(details, dict):  # quotas that only the details tell from rate limits
+    if isinstance(details, dict):
         is_quota = is_quota or str(details.get("error_code")) in _PERMANENT
     if isinstance(details, list):
         is_quota = is_quota or "PerDay" in _as_text(details)
-        delays = [str(_first_object([d]).get("retryDelay")) for d in details]
+        delays = [str(_dict(d).get("retryDelay")) for d in details]
         seconds = [d[:-1] for d in delays if re.match(r"[0-9]+(\.[0-9]+)?s\Z", d)]
         waits = [w for w in map(float, seconds) if 0 < w < math.inf]
         retry_after = waits[0] if waits else None  # Google's RetryInfo
@@ -2177,7 +2177,6 @@ def _api_error(
         retryable = status in _RETRY_STATUSES
     else:
         retryable = bool(names & _TRANSIENT) or named in _RETRY_STATUSES
-
     return APIError(
         f"the provider answered with {where}{label}: "
         + (_clipped(said, 500) or "(no message)"),
@@ -2191,10 +2190,17 @@ def _api_error(
     )
 
 
+def _dict(value: Any, answer: Answer | None = None) -> dict[str, Any]:
+    """A JSON object; anything else is odd, and empty."""
+    if isinstance(value, dict):
+        return value
+    if answer is not None:
+        answer.odd(value)
+    return {}
+
+
 def _first_object(document: Any) -> dict[str, Any]:
-    if isinstance(document, list) and document:
-        document = document[0]
-    return document if isinstance(document, dict) else {}
+    return _dict(document[0] if isinstance(document, list) and document else document)
 
 
 def _scalar(holder: dict[str, Any], *keys: str) -> Any:
@@ -2265,15 +2271,6 @@ def _dicts(value: Any, answer: Answer) -> list[dict[str, Any]]:
         if not isinstance(item, dict):
             answer.odd(item)
     return [item for item in value if isinstance(item, dict)]
-
-
-def _dict(value: Any, answer: Answer | None = None) -> dict[str, Any]:
-    """A JSON object; anything else is odd, and empty."""
-    if isinstance(value, dict):
-        return value
-    if answer is not None:
-        answer.odd(value)
-    return {}
 
 
 class Dialect:
