@@ -1189,11 +1189,16 @@ class SSEDecoder:
 # A dialect writes into an Answer, the loop takes pieces out of it.  A piece is a str
 # (visible text of choice 0, the case that must be fast) or a Delta (all else).  No
 # JSON value of whatever type makes a method raise: odd ones are counted, not kept.
+# What no server sends, such as a kind of text that there is not, is a TypeError.
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MOST_CALLS = 1024  # tool calls, or choices: far more than any provider allows
 _LONGEST_WORD = 1000  # characters of a finish reason
 _LARGEST_USAGE = 65536  # characters of usage, which is a few numbers
+_EACH_KEPT = 100  # bytes that an object, array or other kept value takes by itself
+_KINDS = ("text", "reasoning", "refusal")
+_REASONS = ("stop", "length", "tool_calls", "content_filter", "other")
+_VISIBLE = ("text", 0)  # the kind and choice of what most callers print
 
 
 _SHORT = 640  # characters; an integer of fewer is as cheap as any
@@ -1224,19 +1229,27 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def _is_same_json(one: str, other: Any) -> bool:
+def _json_or(text: str, default: Any) -> Any:
+    """The value of a JSON text; the default if it is none."""
     try:
-        return bool(parse_json(one) == parse_json(other))
-    except (TypeError, ValueError):
-        return False
+        return parse_json(text)
+    except ValueError:
+        return default
 
 
 def _is_json(text: str) -> bool:
-    try:
-        parse_json(text)
-    except ValueError:
-        return False
-    return True
+    return _json_or(text, _is_json) is not _is_json
+
+
+class _Misuse(TypeError):
+    """A dialect calls an answer as no server can make it: a mistake in its code."""
+
+
+def _refuse(method: str, word: object, words: Iterable[str]) -> NoReturn:
+    one_of = " ".join(words)
+    raise _Misuse(
+        f"Answer.{method}() takes one of {one_of}, not {_clipped(word, 80)!r}"
+    )
 
 
 class Room:
@@ -1293,8 +1306,8 @@ class TextBuffer:
         return "".join(reversed(pieces))
 
 
-class _OpenCall:
-    """A tool call that is still being received."""
+class _Call:
+    """A tool call, as far as it was received."""
 
     def __init__(self, number: int, room: Room) -> None:
         self.number = number
@@ -1310,135 +1323,46 @@ class _OpenCall:
         """The call, if it was closed and its arguments are what they should be."""
         if not (self.closed and self.name) or self.arguments.dropped:
             return None
-        if not self.is_json:
-            return ToolCall(self.id, self.name, self.arguments.text)
-        arguments = self.arguments.text or "{}"
-        return ToolCall(self.id, self.name, arguments) if _is_json(arguments) else None
+        arguments = self.arguments.text
+        if self.is_json:
+            arguments = arguments or "{}"
+            if not _is_json(arguments):
+                return None
+        return ToolCall(self.id, self.name, arguments)
 
 
-_EACH_KEPT = 100  # bytes that an object, array or other kept value takes by itself
+if TYPE_CHECKING:
+    _Runs = list[list[Any]]  # [start, end] of texts; what grows has no end yet
 
 
-def _room_for_parts(text: int | None) -> int | None:
-    """For images, signatures, IDs: more than for text, and never too little."""
-    return None if text is None else max(4 * text, 1 << 20)
+class _Part(NamedTuple):
+    """A part of the assistant turn in the dialect's form, but for its texts.
 
-
-class _Kept:
-    """What an answer keeps: text by kind and choice, and tool calls, all of it bounded.
-
-    :param limits: how much of it.
-    :param received: the visible text that earlier requests brought, if any.
+    Text is kept once, in the buffers: a part knows only where its own stands there.
     """
 
-    def __init__(self, limits: Limits, received: TextBuffer | None) -> None:
-        self.limits = limits
-        self.received = received or TextBuffer(Room(limits.text))
-        self._side: dict[tuple[str, int], TextBuffer] = {}
-        self._calls: dict[Any, _OpenCall] = {}
-        self._for_choices = Room(limits.text)  # all but choice 0
-        self._for_arguments = Room(limits.text)
-        self._for_parts = Room(_room_for_parts(limits.text))
-
-    def keep(self, value: Any) -> None:
-        """Count a JSON value that is kept beside the text.
-
-        :raises StreamLimitError: all of these together have become too large.
-        """
-        shown = repr(value)
-        objects = 1 + shown.count("{") + shown.count("[")
-        self._for_parts.left -= len(shown) + objects * _EACH_KEPT
-        if self._for_parts.left < 0:
-            self._fail_on_limit("the parts of the answer")
-
-    def open_call(self, key: Any, id: Any = None, name: Any = None) -> None:
-        """Begin, or name, the tool call that the stream knows as ``key``."""
-        call = self._calls.get(key)
-        if call is None:
-            self._guard_count(len(self._calls))
-            self.keep(key)
-            call = self._calls[key] = _OpenCall(len(self._calls), self._for_arguments)
-        if call.id is None and isinstance(id, str) and id:
-            self.keep(id)
-            call.id = id  # old vLLM makes up another one for each fragment
-        if isinstance(name, str) and name not in ("", call.name):
-            self.keep(name)
-            call.name = name
-
-    def close_call(self, key: Any) -> None:
-        """End a tool call: nothing more will come of it."""
-        if key in self._calls:
-            self._calls[key].closed = True
-
-    def call(self, key: Any) -> _OpenCall | None:
-        """The tool call known as ``key``, if it was begun."""
-        return self._calls.get(key)
-
-    def call_keys(self) -> dict[str | None, Any]:
-        """How the stream knows the tool calls that were begun, by their IDs."""
-        return {call.id: key for key, call in self._calls.items()}
-
-    def tool_calls(self) -> tuple[ToolCall, ...]:
-        """The tool calls of choice 0 that came whole, in their order."""
-        calls = self._calls.values()
-        whole = [call.whole() for call in calls if call.choice == 0]
-        return tuple(call for call in whole if call is not None)
-
-    @property
-    def cut_calls(self) -> int:
-        """How many tool calls, of any choice, did not come whole."""
-        return sum(call.whole() is None for call in self._calls.values())
-
-    @property
-    def calls_begun(self) -> int:
-        """How many tool calls were begun."""
-        return len(self._calls)
-
-    def side_text(self, kind: str, index: int = 0) -> str:
-        """The reasoning, refusal, or text of another choice than 0."""
-        buffer = self._side.get((kind, index))
-        return buffer.text if buffer else ""
-
-    def sides(self) -> dict[tuple[str, int], str]:
-        """All but the visible text of choice 0: ``(kind, index) -> text``."""
-        return {key: buffer.text for key, buffer in self._side.items()}
-
-    def texts(self) -> dict[int, str]:
-        """Text by choice, but for choice 0."""
-        return {
-            index: self.side_text("text", index)
-            for kind, index in sorted(self._side)
-            if kind == "text"
-        }
-
-    @property
-    def dropped(self) -> int:
-        """Characters that were not kept."""
-        buffers = [self.received, *self._side.values()]
-        return sum(buffer.dropped for buffer in buffers)
-
-    def _buffer(self, kind: str, index: int) -> TextBuffer:
-        key = (kind, index)
-        if key not in self._side:
-            self._guard_count(len(self._side))
-            room = self._for_choices if index else Room(self.limits.text)
-            self._side[key] = TextBuffer(room)
-        return self._side[key]
-
-    def _guard_count(self, count: int) -> None:
-        if count >= _MOST_CALLS:
-            message = f"the answer has more than {_MOST_CALLS} choices or tool calls"
-            raise StreamLimitError(message, limit="text")
-
-    def _fail_on_limit(self, what: str) -> NoReturn:
-        message = f"{what} exceed what Limits(text={self.limits.text}) keeps"
-        raise StreamLimitError(message, limit="text")
+    form: dict[str, Any]
+    field: str  # what of the form these runs are
+    kind: str
+    runs: _Runs
+    call: _Call | None
+    more: dict[str, TextBuffer]  # what else of it grows
 
 
-class Answer(_Kept):
+class Answer:
     """What a stream has said so far.
 
-    A dialect's ``read`` calls the methods from :meth:`text` to :meth:`odd`.
+    A dialect's ``read`` writes into it.  For most of them these are all there is to
+    know: :meth:`text`, :meth:`reasoning` and :meth:`refusal`; :meth:`open_call`,
+    :meth:`call_arguments` and :meth:`close_call`; :meth:`finish`, :meth:`end` and
+    :meth:`fail`; :meth:`identify`, :meth:`count`, :meth:`advance` and :meth:`odd`;
+    :meth:`add_part` and :meth:`keep`, with :attr:`memory`, for what the next turn needs.
+    :meth:`lengthen`, :meth:`add`, :meth:`begin_part`, :meth:`complete_part`,
+    :meth:`complete_parts`, :meth:`complete_call` and :meth:`follows` are for streams
+    whose parts have texts of their own, come twice, or are numbered.
+
+    What a server sends may be handed on as it is: a value of an odd type is counted,
+    and never raises.  Only what the dialect itself must know is checked.
 
     :param limits: bounds what is kept.
     :param received: the visible text that earlier requests brought, if any.
@@ -1447,23 +1371,50 @@ class Answer(_Kept):
     def __init__(
         self, limits: Limits = _LIMITS, received: TextBuffer | None = None
     ) -> None:
-        super().__init__(limits, received)
+        self.limits = limits
+        self.received = received or TextBuffer(Room(limits.text))
         self.model: str | None = None
         self.id: str | None = None
-        #: Parts of the assistant turn, in the dialect's own form; see add_part().
-        self.parts: list[dict[str, Any]] = []
+        #: The parts of the assistant turn, without their texts; see :meth:`turn`.
+        self.parts: list[_Part] = []
+        #: The tool calls that were begun, by what the stream knows them as.
+        self.calls: dict[Any, _Call] = {}
         #: Whatever else a dialect must remember between two events; see keep().
         self.memory: dict[Any, Any] = {}
         self.malformed = 0
         self.deltas = 0
+        self.out: list[Piece] = []
+        self._noted = 0  # so many of these pieces are in ``received`` already
+        self._side: dict[tuple[str, int], TextBuffer] = {}  # all but _VISIBLE
+        self._for_choices = Room(limits.text)  # all but choice 0
+        self._for_arguments = Room(limits.text)
+        most = None if limits.text is None else max(4 * limits.text, 1 << 20)
+        self._for_parts = Room(most)
+        self._growing: dict[str, _Runs] = {}  # of the part that grows, by kind
         self.new_request()
 
     def new_request(self, seam: Seam | None = None) -> None:
-        """Forget what belongs to one request; what was said stays."""
+        """Another generation begins; what was said stays.
+
+        :param seam: what its first words are compared with.
+        """
         self.seam = seam
+        #: The number of the last event that was understood, where events are numbered;
+        #: how many keepalives have taken the numbers behind it.
+        self.cursor: int | None = None
+        self.skipped = 0
+        self._rises = False  # whether the numbers have ever risen
+        # Half a surrogate pair, by kind and choice, until its other half comes.
+        self._halves: dict[tuple[str, int], str] = {}
+        # The runs of each part that begin_part() has named, by kind.
+        self._begun: dict[str, dict[Any, _Runs]] = {}
+        # A seam that trims makes the text another one than the provider's.
+        self._is_verbatim = not isinstance(seam, (ContinueSeam, AskSeam))
+        self.reattach()
+
+    def reattach(self) -> None:
+        """The same generation goes on in another response."""
         self.usage: Usage | None = None
-        self.out: list[Piece] = []
-        self._measured = (self.out, 0, 0)  # how many of them, and their characters
         self.finishes: dict[int, tuple[str, str | None]] = {}
         self.expected = 1
         self.ended = False
@@ -1472,59 +1423,8 @@ class Answer(_Kept):
         self.progress = 0
         self.last_kind = ""
         self._has_id = False
-        #: The number of the last event that was understood, where events are numbered;
-        #: how many keepalives have taken the numbers behind it; what is missing there.
-        self.cursor: int | None = None
-        self.skipped = 0
-        self.hole = ""
-        self._counts = False  # whether the numbers have ever risen
-        self.resumed_at: int | None = None
-        # Half a surrogate pair, by kind and choice, until its other half comes.
-        self._held: dict[tuple[str, int], str] = {}
-        # Where the runs of each part of the text stand, and which part grows, by kind.
-        self._runs: dict[tuple[str, Any], list[list[Any]]] = {}
-        self._growing: dict[str, Any] = {}
-        # A seam that trims makes the text another one than the provider's.
-        self._is_verbatim = seam is None or seam.replays
-
-    def reattach(self) -> None:
-        """The same answer goes on, perhaps between the halves of a surrogate pair."""
-        kept = (
-            "cursor",
-            "skipped",
-            "_counts",
-            "_held",
-            "_runs",
-            "_growing",
-            "_is_verbatim",
-        )
-        state = {name: vars(self)[name] for name in kept}
-        self.new_request()
-        vars(self).update(state)
+        self.hole = ""  # which events are missing behind the cursor
         self.resumed_at = self.cursor
-
-    def again(self) -> Answer:
-        """The answer to the same request again, to be compared with this one."""
-        answer = Answer(self.limits, self.received)
-        answer._side, answer._for_choices = self._side, self._for_choices
-        answer.seam = ReplaySeam(self.received.text, self.sides())
-        return answer
-
-    def close_calls(self, index: int | None = None) -> None:
-        """End every tool call that was begun, or those of one choice.
-
-        A call without arguments is whole, unless it is the last one of an answer that
-        was cut or has no finish reason: there the arguments may be what is missing.
-        """
-        last = {}
-        for call in self._calls.values():
-            if index in (None, call.choice):
-                call.closed = True
-                last[call.choice] = call
-        for choice, call in last.items():
-            reason, _ = self.finishes.get(choice, ("length", None))
-            if reason in ("length", "content_filter") and not call.arguments.kept:
-                call.closed = False
 
     # -- what a dialect calls
 
@@ -1540,66 +1440,81 @@ class Answer(_Kept):
         """Add to the refusal of a choice."""
         self.add("refusal", text, index)
 
+    def open_call(self, key: Any, id: Any = None, name: Any = None) -> None:
+        """Begin, or name, the tool call that the stream knows as ``key``."""
+        call = self.calls.get(key)
+        if call is None:
+            self._guard_count(len(self.calls))
+            self.keep(key)
+            call = self.calls[key] = _Call(len(self.calls), self._for_arguments)
+        if call.id is None and isinstance(id, str) and id:
+            self.keep(id)
+            call.id = id  # old vLLM makes up another one for each fragment
+        if isinstance(name, str) and name not in ("", call.name):
+            self.keep(name)
+            call.name = name
+
     def call_arguments(self, key: Any, arguments: Any, index: Any = 0) -> None:
         """Add a fragment to the arguments of a tool call; "" announces the call."""
         self.open_call(key)
-        call = self._calls[key]
+        call = self.calls[key]
         call.choice = _index(index)
-        if not isinstance(arguments, str):  # some servers send the JSON itself
-            arguments = "" if arguments is None else jsonlib.dumps(arguments)
-        arguments = self._encodable(("tool_call", call.number), arguments)
+        arguments = self._mended(("tool_call", call.number), _json_text(arguments))
         call.arguments.add(arguments)
         if call.arguments.dropped:
             self._fail_on_limit("the arguments of a tool call")
         data = {"index": call.number, "id": call.id, "name": call.name}
         self.last_kind = "tool_call"
         if arguments:
-            self._move()
+            self.progress += 1
+            self.started = True
         if arguments or data != call.told:
             call.told = data
             self.out.append(Delta("tool_call", arguments, call.choice, data))
 
-    def complete_call(self, key: Any, arguments: Any) -> None:
-        """Take a call's arguments once more, whole, and end it."""
-        self.open_call(key)
-        call = self._calls[key]
-        said = call.arguments.text
-        if isinstance(arguments, str) and arguments.startswith(said):
-            self.call_arguments(key, arguments[len(said) :], call.choice)
-        elif not said:
-            self.call_arguments(key, arguments, call.choice)
-        elif arguments and not (call.is_json and _is_same_json(said, arguments)):
-            self._contradict("arguments of a tool call")
-        call.closed = True
+    def close_call(self, key: Any) -> None:
+        """End a tool call: nothing more will come of it."""
+        if key in self.calls:
+            self.calls[key].closed = True
 
     def finish(self, reason: str, raw: Any, index: Any = 0) -> None:
         """Note that a choice has finished.
 
         :param reason: ``stop length tool_calls content_filter other``.
         :param raw: the provider's own word.
+        :raises TypeError: the reason is another word; :meth:`Dialect.finish` translates
+            a provider's.
         """
-        if _index(index) not in self.finishes:
+        if reason not in _REASONS:
+            _refuse("finish", reason, _REASONS)
+        index = _index(index)
+        if index not in self.finishes:
             self.progress += 1
         if not isinstance(raw, str) or len(raw) > _LONGEST_WORD:
             raw = None
         self._guard_count(len(self.finishes))
-        self.finishes[_index(index)] = (reason, raw)
-        self.close_calls(_index(index))
+        self.finishes[index] = (reason, raw)
+        self._close_calls(index)
 
-    def count(self, input_tokens: Any, output_tokens: Any, raw: dict[str, Any]) -> None:
-        """Note usage; the last word counts."""
-        if len(repr(raw)) > _LARGEST_USAGE:
-            self.odd(raw)
-            return
-        usage = Usage(_count(input_tokens), _count(output_tokens), raw)
-        if self.usage is None or usage[:2] != self.usage[:2]:
-            self.progress += 1
-        self.usage = usage
+    def end(self) -> None:
+        """Note the end marker: nothing behind it matters."""
+        if self.error is None:
+            self.ended = True
+            self._close_calls()
+            self._release_halves()
 
-    def add_part(self, part: dict[str, Any]) -> None:
-        """Add a part of the assistant turn, in the dialect's own form."""
-        self.keep(part)
-        self.parts.append(part)
+    def fail(self, error: StreamingError) -> None:
+        """Note that the provider reports an error; the first one counts.
+
+        :raises TypeError: it is another kind of error, or none.
+        """
+        if not isinstance(error, StreamingError):
+            raise _Misuse(
+                "Answer.fail() takes a StreamingError, such as Dialect.error(chunk) "
+                f"makes, not {type(error).__name__}"
+            )
+        if self.error is None and not self.ended:
+            self.error = error
 
     def identify(self, id: Any, model: Any) -> None:
         """Note the answer's ID and model; the first that is not empty counts.
@@ -1611,75 +1526,125 @@ class Answer(_Kept):
         if self.model is None and isinstance(model, str) and model:
             self.model = model
 
-    def fail(self, error: StreamingError) -> None:
-        """Note that the provider reports an error; the first one counts."""
-        if self.error is None and not self.ended:
-            self.error = error
-
-    def end(self) -> None:
-        """Note the end marker: nothing behind it matters."""
-        if self.error is None:
-            self.ended = True
-            self.close_calls()
-            self._release_held()
+    def count(self, input_tokens: Any, output_tokens: Any, raw: dict[str, Any]) -> None:
+        """Note usage; the last word counts."""
+        if len(repr(raw)) > _LARGEST_USAGE:
+            self.odd(raw)
+            return
+        usage = Usage(_count(input_tokens), _count(output_tokens), raw)
+        if self.usage is None or usage[:2] != self.usage[:2]:
+            self.progress += 1
+        self.usage = usage
 
     def advance(self) -> None:
         """Note progress that brings no delta, such as a search that has begun."""
         self.progress += 1
 
-    def follows(self, number: int) -> bool:
-        """Keep count of numbered events: whether this one is the next.
+    def odd(self, value: Any) -> None:
+        """Count a value that has an unexpected type; null is none."""
+        if value is not None:
+            self.malformed += 1
 
-        What was read before comes again after reattaching.  Behind a hole nothing has
-        a place: ``cursor`` stays, and only what gives the answer whole can fill it.
-        A keepalive seen behind the cursor has, or has not, taken a number: both are
-        no hole.
+    def add_part(
+        self, form: dict[str, Any], field: str = "", kind: str = "", key: Any = None
+    ) -> _Part:
+        """Add a part of the assistant turn, in the dialect's own form.
+
+        :param field: which of its values the stream brings from now on, if any.
+        :param kind: as text of this kind, in choice 0 ...
+        :param key: ... or else as the arguments of this tool call.
         """
-        cursor = self.cursor
-        expected = 0 if cursor is None else cursor + 1
-        if cursor is None and number == self.skipped + 1:
-            expected = 1  # the first event has the number 1 on some servers
-        if expected <= number <= expected + self.skipped:
-            self._counts = cursor is not None
-            self.cursor, self.skipped, self.resumed_at = number, 0, None
-            return True
-        if number > expected:
-            self.hole = self.hole or f"events {expected} to {number - 1} were lost"
-            self.progress += 1
-        elif self.resumed_at is None and not self._counts:
-            return True  # it never rose: this server gives every event the same number
-        elif self.resumed_at is None:
-            self.hole = self.hole or f"two events have the number {number}"
-        return False
+        self.keep(form)
+        call = self.calls.get(key)
+        part = _Part(
+            form, field, kind, [], call, {field: call.arguments} if call else {}
+        )
+        self.parts.append(part)
+        if kind:
+            self._grow(kind, part.runs)
+        return part
 
-    # A part is a run of text, or several where parts come in turns.  The text itself
-    # is kept once, in the buffers: a part knows only where its runs begin and end.
+    def keep(self, value: Any) -> None:
+        """Count a JSON value that is kept beside the text.
+
+        :raises StreamLimitError: all of these together have become too large.
+        """
+        shown = repr(value)
+        objects = 1 + shown.count("{") + shown.count("[")
+        self._for_parts.left -= len(shown) + objects * _EACH_KEPT
+        if self._for_parts.left < 0:
+            self._fail_on_limit("the parts of the answer")
+
+    # -- what a dialect calls where parts have texts, come twice, or are numbered
+
+    def lengthen(self, part: _Part, field: str, text: Any) -> None:
+        """Lengthen a text of a part that is no delta, such as a signature."""
+        if not isinstance(text, str):
+            self.odd(text)
+            return
+        self.keep(text)
+        if field not in part.more:
+            first = part.form.get(field)
+            part.more[field] = TextBuffer(Room())
+            part.more[field].add(first if isinstance(first, str) else "")
+        part.more[field].add(text)
+
+    def turn(self, text: str) -> list[dict[str, Any]]:
+        """The parts of the assistant turn with their texts, but those of cut calls.
+
+        :param text: the visible text, as far as it was handed out.
+        """
+        texts = {kind: self.side_text(kind) for kind in _KINDS}
+        texts["text"] = text
+        turn = []
+        for form, field, kind, runs, call, more in self.parts:
+            if call is not None and call.whole() is None:
+                continue
+            whole = dict(form)
+            if kind:
+                whole[field] = "".join(texts[kind][start:end] for start, end in runs)
+            whole.update((name, buffer.text) for name, buffer in more.items())
+            turn.append(whole)
+        return turn
+
+    def add(self, kind: str, text: Any, index: Any = 0) -> None:
+        """Add a piece of any kind but of a tool call.
+
+        :raises TypeError: there is no such kind.
+        """
+        if kind not in _KINDS:
+            _refuse("add", kind, _KINDS)
+        if not isinstance(text, str) or not text:
+            self.odd(text or None)
+            return
+        key = (kind, _index(index))
+        self.last_kind = kind
+        self.progress += 1
+        self.started = True
+        text = self._mended(key, text)
+        self._emit(key, self.seam.feed(text, key) if self.seam else text)
 
     def begin_part(self, kind: str, part: Any) -> None:
-        """What comes of that kind from now on, in choice 0, belongs to this part."""
-        if self._growing.get(kind) == part:
-            return
-        if self.dropped:  # what is not kept cannot be compared: nothing to note
-            self._growing[kind] = part
-            return
-        position = self.position(kind)
-        if kind in self._growing:
-            self._runs[kind, self._growing[kind]][-1][1] = position
-        self.keep(part)
-        self._runs.setdefault((kind, part), []).append([position, None])
-        self._growing[kind] = part
+        """What comes of that kind from now on, in choice 0, belongs to this part.
+
+        :param part: what the stream knows it as; parts may come in turns.
+        """
+        runs = self._begun.setdefault(kind, {}).setdefault(part, [])
+        if not runs or runs is not self._growing.get(kind):
+            self.keep(part)
+            self._grow(kind, runs)
 
     def complete_part(self, kind: str, part: Any, text: Any) -> None:
         """Take a part once more, whole: hand out what its pieces lacked."""
         if not isinstance(text, str):
             self.odd(text)
             return
-        said = self._said(kind, part)
+        said = self._said(kind, self._begun.get(kind, {}).get(part, []))
         if said is None:
             return  # it cannot be compared, and its pieces are there
         if said == "":  # no piece of it came: it stands behind all that did
             self.begin_part(kind, part)
-        if self._growing.get(kind) == part:
+        if self._begun[kind][part] is self._growing[kind]:
             self._add_rest(kind, said, text)
         elif not _is_same(said, text):
             self._contradict(kind)
@@ -1690,56 +1655,76 @@ class Answer(_Kept):
         :param parts: the texts by part, in their order.
         :returns: whether it is known to say what the pieces said, and more.
         """
-        whole, said = "".join(parts.values()), self._between(kind, 0, None)
-        if not whole:
+        whole, said = "".join(parts.values()), self._said(kind, [[0, None]])
+        if not whole or said is None:
             return said == ""
-        if said is None:
-            return False
+        begun = self._begun.get(kind, {})
         # Parts that came in turns are joined in another order than their pieces.
         in_turns = len(parts) > 1 and not whole.startswith(said)
-        if in_turns and all(_is_same(self._said(kind, p), parts[p]) for p in parts):
-            return True
-        self._add_rest(kind, said, whole)
+        if not in_turns or not all(
+            _is_same(self._said(kind, begun.get(part, [])), parts[part])
+            for part in parts
+        ):
+            self._add_rest(kind, said, whole)
         return True
 
-    def odd(self, value: Any) -> None:
-        """Count a value that has an unexpected type; null is none."""
-        if value is not None:
-            self.malformed += 1
+    def complete_call(self, key: Any, arguments: Any) -> None:
+        """Take a call's arguments once more, whole, and end it."""
+        self.open_call(key)
+        call, whole = self.calls[key], _json_text(arguments)
+        said = call.arguments.text
+        if whole.startswith(said):
+            self.call_arguments(key, whole[len(said) :], call.choice)
+        # NaN is equal to nothing, not even to itself.
+        elif whole and not (
+            call.is_json and _json_or(said, math.nan) == _json_or(whole, math.nan)
+        ):
+            self._contradict("arguments of a tool call")
+        call.closed = True
 
-    def part(self, kind: str) -> Any:
-        """The part that grows, see :meth:`begin_part`; None if there are none."""
-        return self._growing.get(kind)
+    def follows(self, number: int) -> bool:
+        """Keep count of numbered events: whether this one is the next.
 
-    def position(self, kind: str = "text") -> int:
-        """The offset in the text of that kind at which the next piece will stand."""
-        if kind != "text":
-            kept = self._side[kind, 0].kept if (kind, 0) in self._side else 0
-            return kept - (self.seam.pending(kind) if self.seam else 0)
-        if self.seam is not None and self.seam.replays:
-            return self.seam.position
-        return self.received.kept + self._measure()
-
-    def _measure(self) -> int:
-        """Characters of visible text among the pieces that wait to be taken."""
-        out, count, size = self._measured
-        if out is not self.out:
-            out, count, size = self.out, 0, 0
-        size += sum(len(piece) for piece in out[count:] if isinstance(piece, str))
-        self._measured = (out, len(out), size)
-        return size
+        - The next number, or one behind a keepalive, which may have taken one or not:
+          ``cursor`` moves there.
+        - A larger one: a hole.  Behind it nothing has a place: ``cursor`` stays, and
+          only what gives the answer whole can fill it.
+        - A smaller one, just reattached: it was read before, and comes again.
+        - A smaller one, and they never rose: this server gives each event the same.
+        - A smaller one otherwise: a number came twice, which is a hole as well.
+        """
+        cursor = self.cursor
+        expected = 0 if cursor is None else cursor + 1
+        if cursor is None and number == self.skipped + 1:
+            expected = 1  # the first event has the number 1 on some servers
+        if expected <= number <= expected + self.skipped:
+            self._rises = cursor is not None
+            self.cursor, self.skipped, self.resumed_at = number, 0, None
+            return True
+        if number > expected:
+            self.hole = self.hole or f"events {expected} to {number - 1} were lost"
+            self.progress += 1
+        elif self.resumed_at is None and not self._rises:
+            return True
+        elif self.resumed_at is None:
+            self.hole = self.hole or f"two events have the number {number}"
+        return False
 
     # -- what the loop calls
+
+    def again(self) -> Answer:
+        """The answer to the same request again, to be compared with this one."""
+        answer = Answer(self.limits, self.received)
+        answer._side, answer._for_choices = self._side, self._for_choices
+        answer.seam = ReplaySeam(self.received.text, self.sides())
+        return answer
 
     def take(self) -> list[Piece]:
         """Hand over the pieces that came since the last call."""
         pieces, self.out = self.out, []
         self.deltas += len(pieces)
-        try:
-            text = "".join(cast("list[str]", pieces))
-        except TypeError:  # not all of them are visible text
-            text = "".join(piece for piece in pieces if isinstance(piece, str))
-        self.received.add(text)
+        self._keep_text(pieces[self._noted :] if self._noted else pieces)
+        self._noted = 0
         return pieces
 
     def add_texts(self, kind: str, texts: list[str]) -> None:
@@ -1748,7 +1733,7 @@ class Answer(_Kept):
             self.out += texts
         else:
             self.out += [Delta(kind, text) for text in texts]
-            self._buffer(kind, 0).add("".join(texts))
+            self._buffer((kind, 0)).add("".join(texts))
         self.progress += len(texts)
         self.started = True
         self.last_kind = kind
@@ -1756,21 +1741,28 @@ class Answer(_Kept):
     @property
     def is_plain(self) -> bool:
         """Whether pieces may go straight out: nothing is held back or compared."""
-        return self.seam is None and not self._held and self.resumed_at is None
+        return self.seam is None and not self._halves and self.resumed_at is None
 
     @property
     def finished(self) -> bool:
         """Whether every choice that is known of has its finish reason."""
-        expected = max(self.expected, 1 + max(self._choices(), default=0))
+        choices = [index for _, index in self._side] + list(self.finishes)
+        expected = max(self.expected, 1 + max(choices, default=0))
         return len(self.finishes) >= expected
 
     def settle(self) -> None:
         """The stream has completed: what was held back is final."""
         if self.seam is not None:
-            self._emit(self.seam.close())
+            self._emit(_VISIBLE, self.seam.close())
             self.seam = None
-        self.close_calls()
-        self._release_held()
+        self._close_calls()
+        self._release_halves()
+
+    def part(self, kind: str) -> Any:
+        """The part that grows, see :meth:`begin_part`; None if there are none."""
+        growing = self._growing.get(kind)
+        begun = self._begun.get(kind, {})
+        return next((part for part, runs in begun.items() if runs is growing), None)
 
     def forget_sides(self) -> None:
         """Drop all but the visible text: nobody was shown it."""
@@ -1779,69 +1771,136 @@ class Answer(_Kept):
 
     def forget_calls(self) -> None:
         """Drop the tool calls; a continuation makes them anew."""
-        self._calls.clear()
+        self.calls.clear()
+        self.parts = [part for part in self.parts if part.call is None]
         self.memory.clear()
         self._for_arguments = Room(self.limits.text)
 
+    # -- what the result says
+
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The tool calls of choice 0 that came whole, in their order."""
+        whole = [call.whole() for call in self.calls.values() if call.choice == 0]
+        return tuple(call for call in whole if call is not None)
+
+    @property
+    def cut_calls(self) -> int:
+        """How many tool calls, of any choice, did not come whole."""
+        return sum(call.whole() is None for call in self.calls.values())
+
+    @property
+    def calls_begun(self) -> int:
+        """How many tool calls were begun."""
+        return len(self.calls)
+
+    def side_text(self, kind: str, index: int = 0) -> str:
+        """The reasoning, refusal, or text of another choice than 0."""
+        buffer = self._side.get((kind, index))
+        return buffer.text if buffer else ""
+
+    def sides(self) -> dict[tuple[str, int], str]:
+        """All but the visible text of choice 0: ``(kind, index) -> text``."""
+        return {key: buffer.text for key, buffer in self._side.items()}
+
+    def texts(self) -> dict[int, str]:
+        """Text by choice, but for choice 0."""
+        keys = sorted(key for key in self._side if key[0] == "text")
+        return {index: self.side_text(kind, index) for kind, index in keys}
+
+    @property
+    def dropped(self) -> int:
+        """Characters that were not kept."""
+        buffers = [self.received, *self._side.values()]
+        return sum(buffer.dropped for buffer in buffers)
+
     # -- inner steps
 
-    def _choices(self) -> list[int]:
-        return [index for _, index in self._side] + list(self.finishes)
+    def _emit(self, key: tuple[str, int], text: str) -> None:
+        if text and key == _VISIBLE:
+            self.out.append(text)  # take() keeps it, many pieces at a time
+        elif text:
+            self._buffer(key).add(text)
+            self.out.append(Delta(key[0], text, key[1]))
 
-    def _move(self) -> None:
-        """Note that the answer has grown."""
-        self.progress += 1
-        self.started = True
+    def _buffer(self, key: tuple[str, int]) -> TextBuffer:
+        if key not in self._side:
+            self._guard_count(len(self._side))
+            room = self._for_choices if key[1] else Room(self.limits.text)
+            self._side[key] = TextBuffer(room)
+        return self._side[key]
 
-    def add(self, kind: str, text: Any, index: Any) -> None:
-        """Add a piece of any kind."""
-        if not isinstance(text, str) or not text:
-            self.odd(text or None)
-            return
-        index = _index(index)
-        self.last_kind = kind
-        self._move()
-        text = self._encodable((kind, index), text)
-        if kind == "text" and index == 0:
-            self._emit(self.seam.feed(text) if self.seam else text)
+    def _keep_text(self, pieces: list[Piece]) -> None:
+        """Keep the visible text among the pieces."""
+        try:
+            text = "".join(cast("list[str]", pieces))
+        except TypeError:  # not all of them are visible text
+            text = "".join(piece for piece in pieces if isinstance(piece, str))
+        self.received.add(text)
+
+    def _guard_count(self, count: int) -> None:
+        if count >= _MOST_CALLS:
+            message = f"the answer has more than {_MOST_CALLS} choices or tool calls"
+            raise StreamLimitError(message, limit="text")
+
+    def _fail_on_limit(self, what: str) -> NoReturn:
+        message = f"{what} exceed what Limits(text={self.limits.text}) keeps"
+        raise StreamLimitError(message, limit="text")
+
+    def _close_calls(self, index: int | None = None) -> None:
+        """End every tool call that was begun, or those of one choice.
+
+        A call without arguments is whole, unless it is the last one of an answer that
+        was cut or has no finish reason: there the arguments may be what is missing.
+        """
+        last = {}
+        for call in self.calls.values():
+            if index in (None, call.choice):
+                call.closed = True
+                last[call.choice] = call
+        for choice, call in last.items():
+            reason, _ = self.finishes.get(choice, ("length", None))
+            if reason in ("length", "content_filter") and not call.arguments.kept:
+                call.closed = False
+
+    def _place(self, kind: str) -> tuple[TextBuffer, int]:
+        """All text of that kind in choice 0, and where the next piece will stand."""
+        if kind == "text":  # what waits to be taken is a part of it
+            self._keep_text(self.out[self._noted :])
+            self._noted = len(self.out)
+            buffer = self.received
         else:
-            self._emit_side(Delta(kind, text, index))
+            buffer = self._side.get((kind, 0)) or TextBuffer(Room())
+        if isinstance(self.seam, ReplaySeam):
+            return buffer, self.seam.seen.get((kind, 0), 0)
+        return buffer, buffer.kept
 
-    def _emit(self, text: str) -> None:
-        if text:
-            self.out.append(text)
+    def _grow(self, kind: str, runs: _Runs) -> None:
+        """What comes of that kind from now on belongs to the part with these runs."""
+        _, position = self._place(kind)
+        if kind in self._growing:
+            self._growing[kind][-1][1] = position
+        runs.append([position, None])
+        self._growing[kind] = runs
 
-    def _said(self, kind: str, part: Any) -> str | None:
-        """What the pieces of a part have said; None if that is not known."""
-        runs = self._runs.get((kind, part), ())
-        if not runs and self._growing.get(kind) == part:
-            return None
-        said = [self._between(kind, *run) for run in runs]
-        return None if None in said else "".join(map(str, said))
-
-    def _between(self, kind: str, start: int, end: int | None) -> str | None:
-        """What this generation said of that kind between two offsets; None if unknown."""
-        buffer = self.received if kind == "text" else self._side.get((kind, 0))
-        is_side_of_replay = self.seam is not None and kind != "text"
-        if not self._is_verbatim or is_side_of_replay or (buffer and buffer.dropped):
-            return None if kind in self._growing else ""
-        waiting = "".join(piece for piece in self.out if isinstance(piece, str))
-        waiting = waiting if kind == "text" else ""
-        size = self.position(kind) - start
-        if size <= 0 or buffer is None:
+    def _said(self, kind: str, runs: _Runs) -> str | None:
+        """What this generation has said in these runs; None if that is not known."""
+        buffer, position = self._place(kind)
+        if not (runs and buffer.kept):
             return ""
-        if self.seam is not None:  # a replay has come so far
-            text = (buffer.text + waiting)[start : start + size]
-        else:
-            text = (buffer.last(max(0, size - len(waiting))) + waiting)[-size:]
-        return text if end is None else text[: end - start]
+        if buffer.dropped or not self._is_verbatim:
+            return None if kind in self._begun else ""
+        said = ""
+        for start, end in runs:
+            size = (position if end is None else end) - start
+            said += buffer.last(buffer.kept - start)[:size]
+        return said
 
     def _add_rest(self, kind: str, said: str, whole: str) -> None:
         """Hand out what a whole text has beyond what its pieces said."""
         whole = _mend(whole) if _SURROGATE.search(whole) else whole
         if whole.startswith(said):
-            self._held.pop((kind, 0), None)  # the whole has that pair's other half
-            self.add(kind, whole[len(said) :], 0)
+            self._halves.pop((kind, 0), None)  # the whole has that pair's other half
+            self.add(kind, whole[len(said) :])
         elif not _is_same(said, whole):
             self._contradict(kind)
 
@@ -1856,31 +1915,21 @@ class Answer(_Kept):
             )
         )
 
-    def _emit_side(self, delta: Delta) -> None:
-        """Hand out anything but visible text, unless a replay brings it again."""
-        if self.seam is not None:
-            delta = delta._replace(text=self.seam.news(delta))
-        if delta.text:
-            self._buffer(delta.kind, delta.index).add(delta.text)
-            self.out.append(delta)
-
-    def _encodable(self, key: tuple[str, int], text: str) -> str:
+    def _mended(self, key: tuple[str, int], text: str) -> str:
         """Join surrogate pairs that two deltas share; replace lone surrogates."""
-        held = self._held.pop(key, "") if self._held else ""
-        if text.isascii() and not held:
-            return text
-        text = held + text
-        if not _SURROGATE.search(text):
+        if self._halves:
+            text = self._halves.pop(key, "") + text
+        if text.isascii() or not _SURROGATE.search(text):
             return text
         if "\ud800" <= text[-1] <= "\udbff":
-            self._guard_count(len(self._held))
-            self._held[key] = text[-1]
+            self._guard_count(len(self._halves))
+            self._halves[key] = text[-1]
             text = text[:-1]
         return _mend(text)
 
-    def _release_held(self) -> None:
-        for kind, index in list(self._held):
-            del self._held[kind, index]
+    def _release_halves(self) -> None:
+        for kind, index in list(self._halves):
+            del self._halves[kind, index]
             if kind != "tool_call":
                 self.add(kind, "\ufffd", index)
 
@@ -1897,6 +1946,13 @@ def _mend(text: str) -> str:
     return utf16.decode("utf-16-le", "replace")
 
 
+def _json_text(value: Any) -> str:
+    """Arguments are JSON in a string; some servers send the JSON itself."""
+    if isinstance(value, str):
+        return value
+    return "" if value is None else jsonlib.dumps(value)
+
+
 def _index(value: Any) -> int:
     return value if _count(value) is not None and 0 <= value < 1 << 31 else 0
 
@@ -1906,86 +1962,56 @@ def _count(value: Any) -> int | None:
     return value if is_count else None
 
 
-# -- seams: where another request takes over, its first words are looked at.  feed()
-# is given the text of the new request and returns what may be handed out.
+# -- seams: where another request takes over, its first words are looked at.
 
 
 class Seam:
-    """Where another request takes over; this one lets everything pass.
+    """Where another request takes over; this one lets everything pass."""
 
-    :param text: the visible text that was received before it.
-    """
+    #: Whether all that comes from now on is new.
+    is_over = True
 
-    replays = False
+    def feed(self, text: str, key: tuple[str, int] = _VISIBLE) -> str:
+        """Take text of the new request; return what may be handed out of it.
 
-    def __init__(self, text: str) -> None:
-        self.before = text
-        self.position = 0
-
-    def feed(self, text: str) -> str:
-        """Take text of the new request; return what is new in it."""
+        :param key: its kind and choice.
+        """
         return text
 
     def close(self) -> str:
         """The new request has completed: return what was held back."""
         return ""
 
-    def news(self, delta: Delta) -> str:
-        """Take anything but visible text of choice 0; return what is new in it."""
-        return delta.text
-
-    def pending(self, kind: str) -> int:
-        """Characters of that kind, not visible text, that are yet to come again."""
-        return 0
-
-    @property
-    def is_over(self) -> bool:
-        """Whether all that comes from now on is new."""
-        return True
-
 
 class ReplaySeam(Seam):
     """The same request again: compare what was handed out, and hand out the rest.
 
-    :param sides: other deltas that were handed out: ``(kind, index) -> text``.
+    :param text: the visible text that was handed out.
+    :param sides: other deltas that were: ``(kind, index) -> text``.
     """
 
-    replays = True
-
     def __init__(self, text: str, sides: Mapping[tuple[str, int], str]) -> None:
-        super().__init__(text)
-        self._sides: dict[tuple[str, int], list[Any]] = {
-            key: [side, 0] for key, side in sides.items()
-        }
+        self._known = {**sides, _VISIBLE: text}
+        self._left = sum(map(len, self._known.values()))
+        self.is_over = not self._left
+        #: How much the new request has said, of each kind and choice.
+        self.seen = dict.fromkeys(self._known, 0)
 
-    def feed(self, text: str) -> str:
-        known = self.before[self.position : self.position + len(text)]
+    def feed(self, text: str, key: tuple[str, int] = _VISIBLE) -> str:
+        start = self.seen.get(key, 0)
+        known = self._known.get(key, "")[start : start + len(text)]
         if not text.startswith(known):
-            self._differs(self.position + _common_length(known, text))
-        self.position += len(text)
+            same = _common_length(known, text) if key == _VISIBLE else 0
+            self._differs(self.seen[_VISIBLE] + same)
+        self.seen[key] = start + len(text)
+        self._left -= len(known)
+        self.is_over = not self._left
         return text[len(known) :]
 
     def close(self) -> str:
         if not self.is_over:
-            self._differs(self.position)
+            self._differs(self.seen[_VISIBLE])
         return ""
-
-    def news(self, delta: Delta) -> str:
-        side = self._sides.get((delta.kind, delta.index), ["", 0])
-        known = side[0][side[1] : side[1] + len(delta.text)]
-        if not delta.text.startswith(known):
-            self._differs(self.position)
-        side[1] += len(known)
-        return delta.text[len(known) :]
-
-    def pending(self, kind: str) -> int:
-        side, seen = self._sides.get((kind, 0), ("", 0))
-        return len(side) - seen
-
-    @property
-    def is_over(self) -> bool:
-        sides = all(seen >= len(text) for text, seen in self._sides.values())
-        return sides and self.position >= len(self.before)
 
     def _differs(self, offset: int) -> NoReturn:
         raise ResumeMismatchError(
@@ -2007,22 +2033,22 @@ class ContinueSeam(Seam):
     """
 
     def __init__(self, text: str, sent: str, copy: str) -> None:
-        super().__init__(text)
-        self._sent = copy
+        self._copy = copy
+        self._copied = 0  # so much of the copy has come, and is held back
         self._space = text[len(sent) :]
         self._skipped = 0  # so much of that space has come again
-        self._over = not copy
+        self.is_over = not (copy or self._space)
 
-    def feed(self, text: str) -> str:
-        if self._over:
-            return self._without_space(text)
-        known = self._sent[self.position : self.position + len(text)]
+    def feed(self, text: str, key: tuple[str, int] = _VISIBLE) -> str:
+        if self.is_over or key != _VISIBLE:
+            return text
+        known = self._copy[self._copied : self._copied + len(text)]
         if not text.startswith(known):
-            return self._settle(self._sent[: self.position] + text)
-        self.position += len(known)
-        if self.position < len(self._sent):
+            return self._settle(self._copy[: self._copied] + text)  # so it was no copy
+        self._copied += len(known)
+        if self._copied < len(self._copy):
             return ""
-        if not _is_distinct(self._sent):
+        if known and not _is_distinct(self._copy):
             raise IncompleteStreamError(
                 "the continuation begins with the text received so far, which is too "
                 "short or too regular to tell a copy of it from new text"
@@ -2030,21 +2056,16 @@ class ContinueSeam(Seam):
         return self._settle(text[len(known) :])
 
     def close(self) -> str:
-        return "" if self._over else self._settle(self._sent[: self.position])
-
-    @property
-    def is_over(self) -> bool:
-        return self._over and self._skipped >= len(self._space)
+        held = self._copied < len(self._copy)
+        return self._settle(self._copy[: self._copied]) if held else ""
 
     def _settle(self, text: str) -> str:
-        self._over = True
-        return self._without_space(text)
-
-    def _without_space(self, text: str) -> str:
         """Leave out the whitespace that was stripped; it may come in pieces."""
+        self._copied = len(self._copy)
         space = self._space[self._skipped : self._skipped + len(text)]
         known = _common_length(space, text)
         self._skipped += known if known == len(text) else len(self._space)
+        self.is_over = self._skipped >= len(self._space)
         return text[known:]
 
 
@@ -2055,29 +2076,25 @@ class AskSeam(Seam):
     _least = 8
 
     def __init__(self, text: str) -> None:
-        super().__init__(text)
+        self._before = text[-self._window :]
         self._reply = ""
-        self._over = False
+        self.is_over = False
 
-    def feed(self, text: str) -> str:
-        if self._over:
+    def feed(self, text: str, key: tuple[str, int] = _VISIBLE) -> str:
+        if self.is_over or key != _VISIBLE:
             return text
         self._reply += text
         return self.close() if len(self._reply) >= self._window else ""
 
     def close(self) -> str:
-        if self._over:
+        if self.is_over:
             return ""
-        self._over = True
-        longest = min(len(self._reply), len(self.before), self._window)
+        self.is_over = True
+        longest = min(len(self._reply), len(self._before))
         for size in range(longest, self._least - 1, -1):
-            if self.before.endswith(self._reply[:size]):
+            if self._before.endswith(self._reply[:size]):
                 return self._reply[size:]
         return self._reply
-
-    @property
-    def is_over(self) -> bool:
-        return self._over
 
 
 def _common_length(one: str, other: str) -> int:
@@ -2592,7 +2609,7 @@ class OpenAI(Dialect):
         key = self._call_key(call, function, index, answer)
         last = answer.memory.get(("call", index))
         if key != last:
-            known = answer.call(last)
+            known = answer.calls.get(last)
             if known is not None and known.arguments.kept:
                 answer.close_call(last)  # without arguments, they may yet come
             answer.memory["call", index] = key
@@ -2612,7 +2629,7 @@ class OpenAI(Dialect):
         if number is None and id is None:  # a nameless shim's next call
             base = (index, answer.calls_begun)
         slot = answer.memory.setdefault(("slot", base), (*base, id or ""))
-        known = answer.call(slot)
+        known = answer.calls.get(slot)
         if known is None or not name:
             return slot
         if known.id and id:
@@ -2768,185 +2785,7 @@ class OpenAICompletions(OpenAI):
         return more and {**more, "echo": False}
 
 
-class _ResponsesEvents(Dialect):
-    """How the events of OpenAI Responses are read."""
-
-    cursor_key = "sequence_number"
-
-    def read(self, chunk: dict[str, Any], answer: Answer, event: str) -> None:
-        kind, number = chunk.get("type"), _count(chunk.get("sequence_number"))
-        number = None if number is None or number < 0 else number
-        if kind == "keepalive":  # it is stored nowhere: it must not be the cursor
-            expected = 0 if answer.cursor is None else answer.cursor + 1
-            answer.skipped += number == expected + answer.skipped
-            return
-        is_next = number is None or answer.follows(number)
-        reader = self._readers.get(kind) if isinstance(kind, str) else None
-        if reader is not None and (is_next or reader in self._last_readers):
-            reader(self, chunk, answer)
-        elif is_next:
-            answer.advance()
-
-    def read_whole(self, document: dict[str, Any], answer: Answer) -> None:
-        if document.get("status") in ("queued", "in_progress"):
-            answer.fail(
-                IncompleteStreamError(
-                    "the server did not stream, and the response is not made yet"
-                )
-            )
-        self._read_end({"response": document}, answer)
-
-    def _read_delta(self, chunk: dict[str, Any], answer: Answer) -> None:
-        kind, part = self._part(chunk)
-        answer.begin_part(kind, part)
-        answer.add(kind, chunk.get("delta"), 0)
-
-    def _read_done(self, chunk: dict[str, Any], answer: Answer) -> None:
-        """A part once more, whole."""
-        text = chunk.get("text", chunk.get("refusal"))
-        answer.complete_part(*self._part(chunk), text)
-
-    def _part(self, chunk: dict[str, Any]) -> tuple[str, str]:
-        """The kind of a part, and which one it is."""
-        name = chunk["type"].split(".")[1]
-        kind = "reasoning" if "reasoning" in name else name.replace("output_", "")
-        indexes = ("output_index", "content_index", "summary_index")
-        return kind, str([name, *map(chunk.get, indexes)])
-
-    def _read_item(self, chunk: dict[str, Any], answer: Answer) -> None:
-        """An output item begins, or is repeated whole at its end."""
-        item, key = _dict(chunk.get("item"), answer), self._item_key(chunk)
-        answer.advance()
-        if item.get("type") not in ("function_call", "custom_tool_call"):
-            return
-        answer.open_call(key, item.get("call_id") or item.get("id"), item.get("name"))
-        call = answer.call(key)
-        if call is not None and item["type"] == "custom_tool_call":
-            call.is_json = False
-        if chunk.get("type") == "response.output_item.done":
-            answer.complete_call(key, item.get("arguments", item.get("input")))
-        else:
-            answer.call_arguments(key, item.get("arguments", item.get("input")))
-
-    def _read_arguments(self, chunk: dict[str, Any], answer: Answer) -> None:
-        answer.call_arguments(self._item_key(chunk), chunk.get("delta"))
-
-    def _read_arguments_done(self, chunk: dict[str, Any], answer: Answer) -> None:
-        whole = chunk.get("arguments", chunk.get("input"))
-        answer.complete_call(self._item_key(chunk), whole)
-
-    def _item_key(self, chunk: dict[str, Any]) -> str:
-        """Gateways rewrite item IDs between events; llama.cpp sends nothing else."""
-        item = chunk.get("item_id") or _dict(chunk.get("item")).get("id")
-        return str(chunk.get("output_index", item))
-
-    def _read_begin(self, chunk: dict[str, Any], answer: Answer) -> None:
-        response = _dict(chunk.get("response"), answer)
-        answer.identify(response.get("id"), response.get("model"))
-        answer.advance()
-
-    def _read_end(self, chunk: dict[str, Any], answer: Answer) -> None:
-        response = _dict(chunk.get("response"), answer)
-        answer.identify(response.get("id"), response.get("model"))
-        usage = response.get("usage")
-        if isinstance(usage, dict):
-            answer.count(usage.get("input_tokens"), usage.get("output_tokens"), usage)
-        # The event's own type counts as much as the status in it, which may lack.
-        status = response.get("status")
-        words = {str(chunk.get("type")).rpartition(".")[2], status}
-        if response.get("error") or words & {"failed", "cancelled"}:
-            what = "failed" if "failed" in words else "cancelled"
-            answer.fail(self.error({"message": f"the response is {what}", **response}))
-            return
-        output = _dicts(response.get("output"), answer)
-        is_proved = self._read_output(output, answer)
-        if answer.hole and not (output and is_proved):
-            answer.fail(
-                IncompleteStreamError(
-                    f"{answer.hole}, and the end of the stream does not say what was "
-                    "in them",
-                    retryable=True,
-                )
-            )
-        if output:
-            answer.parts = output
-        reason = "tool_calls" if answer.calls_begun else "stop"
-        if "incomplete" in words:
-            why = _dict(response.get("incomplete_details")).get("reason")
-            known = {"max_output_tokens": "length", "content_filter": "content_filter"}
-            reason, status = known.get(str(why), "other"), status or "incomplete"
-        answer.finish(reason, status or "completed")
-        answer.end()
-
-    def _read_output(self, output: list[dict[str, Any]], answer: Answer) -> bool:
-        """Take from the final object what no event has brought.
-
-        :returns: whether it is known to say what the visible text says, and more.
-        """
-        texts: dict[str, dict[str, str]] = {"text": {}, "refusal": {}, "reasoning": {}}
-        known = answer.call_keys()
-        for number, item in enumerate(output):
-            place: dict[str, Any] = {"output_index": number}
-            if item.get("type") in ("function_call", "custom_tool_call"):
-                # Some gateways number the items here otherwise than in the events.
-                key = known.get(str(item.get("call_id") or item.get("id")), number)
-                done = {"type": "response.output_item.done", "output_index": key}
-                self._read_item({**done, "item": item}, answer)
-            if item.get("type") not in ("message", "reasoning"):
-                continue
-            for name, index in (
-                ("summary", "summary_index"),
-                ("content", "content_index"),
-            ):
-                for i, part in enumerate(_dicts(item.get(name), answer)):
-                    kind = self._final_parts.get(str(part.get("type")))
-                    text = part.get("text", part.get("refusal"))
-                    if kind and isinstance(text, str):
-                        kind, key = self._part({"type": kind, **place, index: i})
-                        texts[kind][key] = text
-        proved = [answer.complete_parts(kind, texts[kind]) for kind in texts]
-        return proved[0]
-
-    #: The types of parts in the final object, and of the events that bring them.
-    _final_parts: ClassVar[dict[str, str]] = {
-        "output_text": "response.output_text.done",
-        "refusal": "response.refusal.done",
-        "reasoning_text": "response.reasoning_text.done",
-        "summary_text": "response.reasoning_summary_text.done",
-    }
-
-    def _read_error(self, chunk: dict[str, Any], answer: Answer) -> None:
-        answer.fail(self.error(chunk))
-
-    _readers: ClassVar[dict[str, Callable[..., None]]] = {
-        "response.created": _read_begin,
-        "response.queued": _read_begin,
-        "response.in_progress": _read_begin,
-        "response.output_text.delta": _read_delta,
-        "response.output_text.done": _read_done,
-        "response.refusal.delta": _read_delta,
-        "response.refusal.done": _read_done,
-        "response.reasoning_text.delta": _read_delta,
-        "response.reasoning_text.done": _read_done,
-        "response.reasoning_summary_text.delta": _read_delta,
-        "response.reasoning_summary_text.done": _read_done,
-        "response.output_item.added": _read_item,
-        "response.output_item.done": _read_item,
-        "response.function_call_arguments.delta": _read_arguments,
-        "response.function_call_arguments.done": _read_arguments_done,
-        "response.custom_tool_call_input.delta": _read_arguments,
-        "response.custom_tool_call_input.done": _read_arguments_done,
-        "response.completed": _read_end,
-        "response.incomplete": _read_end,
-        "response.failed": _read_end,
-        "response.cancelled": _read_end,
-        "error": _read_error,
-    }
-    #: These count whatever was missing before them.
-    _last_readers: ClassVar[tuple[Any, ...]] = (_read_end, _read_error)
-
-
-class OpenAIResponses(_ResponsesEvents):
+class OpenAIResponses(Dialect):
     """OpenAI Responses, the one API whose answers can be reattached.
 
     https://platform.openai.com/docs/guides/background
@@ -2967,6 +2806,20 @@ class OpenAIResponses(_ResponsesEvents):
     )
     end_marker = ""
     idle_keys: tuple[str, ...] = ("obfuscation", "item_id")
+    cursor_key = "sequence_number"
+    #: The kinds of text, by the name of the events that bring it.
+    _kinds: ClassVar[dict[str, str]] = {
+        "output_text": "text",
+        "refusal": "refusal",
+        "reasoning_text": "reasoning",
+        "reasoning_summary_text": "reasoning",
+    }
+    _ends = (
+        "response.completed",
+        "response.incomplete",
+        "response.failed",
+        "response.cancelled",
+    )
 
     def body(
         self, messages: Messages, model: str | None, params: dict[str, Any]
@@ -2976,12 +2829,142 @@ class OpenAIResponses(_ResponsesEvents):
         lists = [turn if isinstance(turn, list) else [turn] for turn in turns]
         return {"input": list(itertools.chain.from_iterable(lists)), **body}
 
+    def read(self, chunk: dict[str, Any], answer: Answer, event: str) -> None:
+        what, number = str(chunk.get("type")), _count(chunk.get(self.cursor_key))
+        number = None if number is None or number < 0 else number
+        if what == "keepalive":  # it is stored nowhere: it must not be the cursor
+            expected = 0 if answer.cursor is None else answer.cursor + 1
+            answer.skipped += number == expected + answer.skipped
+            return
+        is_next = number is None or answer.follows(number)
+        if what == "error":
+            answer.fail(self.error(chunk))
+        elif what in self._ends:  # these count whatever was missing before them
+            self._read_end(chunk, answer)
+        elif is_next:
+            name, _, step = what.partition("response.")[2].partition(".")
+            self._read_step(chunk, answer, name, step)
+
+    def _read_step(
+        self, chunk: dict[str, Any], answer: Answer, name: str, step: str
+    ) -> None:
+        """An event such as ``response.NAME.STEP``; unknown ones count as progress."""
+        # Gateways rewrite item IDs between events; llama.cpp sends nothing else.
+        item = chunk.get("item_id") or _dict(chunk.get("item")).get("id")
+        key = str(chunk.get("output_index", item))
+        kind, place = self._kinds.get(name), self._place(name, chunk)
+        is_call = name in ("function_call_arguments", "custom_tool_call_input")
+        if kind and step == "delta":
+            answer.begin_part(kind, place)
+            answer.add(kind, chunk.get("delta"))
+        elif kind and step == "done":
+            text = chunk.get("text", chunk.get("refusal"))
+            answer.complete_part(kind, place, text)
+        elif is_call and step == "delta":
+            answer.call_arguments(key, chunk.get("delta"))
+        elif is_call and step == "done":
+            answer.complete_call(key, chunk.get("arguments", chunk.get("input")))
+        elif name == "output_item":
+            item = _dict(chunk.get("item"), answer)
+            self._read_item(item, key, step, answer)
+            answer.advance()
+        elif name in ("created", "queued", "in_progress"):
+            response = _dict(chunk.get("response"), answer)
+            answer.identify(response.get("id"), response.get("model"))
+            answer.advance()
+        else:
+            answer.advance()
+
+    def _place(self, name: str, place: dict[str, Any]) -> str:
+        indexes = ("output_index", "content_index", "summary_index")
+        return str([name, *map(place.get, indexes)])
+
+    def _read_item(
+        self, item: dict[str, Any], key: str, step: str, answer: Answer
+    ) -> None:
+        """An output item begins, or is repeated whole at its end: is it a call?"""
+        if item.get("type") not in ("function_call", "custom_tool_call"):
+            return
+        answer.open_call(key, item.get("call_id") or item.get("id"), item.get("name"))
+        answer.calls[key].is_json = item["type"] == "function_call"
+        arguments = item.get("arguments", item.get("input"))
+        if step == "added":
+            answer.call_arguments(key, arguments)
+        elif step == "done":
+            answer.complete_call(key, arguments)
+
+    def read_whole(self, document: dict[str, Any], answer: Answer) -> None:
+        if document.get("status") in ("queued", "in_progress"):
+            answer.fail(
+                IncompleteStreamError(
+                    "the server did not stream, and the response is not made yet"
+                )
+            )
+        self._read_end({"response": document}, answer)
+
+    def _read_end(self, chunk: dict[str, Any], answer: Answer) -> None:
+        response = _dict(chunk.get("response"), answer)
+        answer.identify(response.get("id"), response.get("model"))
+        usage = response.get("usage")
+        if isinstance(usage, dict):
+            answer.count(usage.get("input_tokens"), usage.get("output_tokens"), usage)
+        # The event's own type counts as much as the status in it, which may lack.
+        status = response.get("status")
+        words = (str(chunk.get("type")).rpartition(".")[2], status)
+        if response.get("error") or "failed" in words or "cancelled" in words:
+            what = "failed" if "failed" in words else "cancelled"
+            answer.fail(self.error({"message": f"the response is {what}", **response}))
+            return
+        output = _dicts(response.get("output"), answer)
+        is_proved = self._read_output(output, answer)
+        if answer.hole and not (output and is_proved):
+            answer.fail(
+                IncompleteStreamError(
+                    f"{answer.hole}, and the end of the stream does not say what was "
+                    "in them",
+                    retryable=True,
+                )
+            )
+        answer.memory["output"] = output
+        reason = "tool_calls" if answer.calls_begun else "stop"
+        if "incomplete" in words:
+            why = _dict(response.get("incomplete_details")).get("reason")
+            known = {"max_output_tokens": "length", "content_filter": "content_filter"}
+            reason, status = known.get(str(why), "other"), status or "incomplete"
+        answer.finish(reason, status or "completed")
+        answer.end()
+
+    def _read_output(self, output: list[dict[str, Any]], answer: Answer) -> bool:
+        """Take from the final object what no event has brought.
+
+        :returns: whether it is known to say what the visible text says, and more.
+        """
+        texts: dict[str, dict[str, str]] = {"text": {}, "refusal": {}, "reasoning": {}}
+        known = {call.id: key for key, call in answer.calls.items()}
+        for number, item in enumerate(output):
+            # Some gateways number the items here otherwise than in the events.
+            id = str(item.get("call_id") or item.get("id"))
+            self._read_item(item, known.get(id, str(number)), "done", answer)
+            if item.get("type") not in ("message", "reasoning"):
+                continue
+            for field in ("summary", "content"):
+                for index, part in enumerate(_dicts(item.get(field), answer)):
+                    name = str(part.get("type")).replace("summary", "reasoning_summary")
+                    text = part.get("text", part.get("refusal"))
+                    if name in self._kinds and isinstance(text, str):
+                        place = {"output_index": number, f"{field}_index": index}
+                        texts[self._kinds[name]][self._place(name, place)] = text
+        proved = {kind: answer.complete_parts(kind, texts[kind]) for kind in texts}
+        return proved["text"]
+
     def message(self, answer: Answer, text: str) -> Any:
         """A list of output items; :meth:`body` takes such a list as one message."""
-        if answer.parts and self._said(answer.parts) == text:
-            return answer.parts  # or else they are only the end of a resumed answer
+        output = answer.memory.get("output", [])
+        said = [i.get("content") for i in output if i.get("type") == "message"]
+        if output and "".join(map(_plain_text, said)) == text:
+            return output  # or else it is only the end of a resumed answer
         items = [self._turn({"role": "assistant", "content": text})] if text else []
-        for opened in answer._calls.values():
+        for opened in answer.calls.values():
             call = opened.whole()
             if call is not None:
                 kind = "function_call" if opened.is_json else "custom_tool_call"
@@ -2989,11 +2972,6 @@ class OpenAIResponses(_ResponsesEvents):
                 about = {"type": kind, "call_id": call.id, "name": call.name}
                 items.append({**about, **value})
         return items
-
-    def _said(self, output: list[dict[str, Any]]) -> str:
-        """The visible text of output items."""
-        messages = [item for item in output if item.get("type") == "message"]
-        return "".join(_plain_text(item.get("content")) for item in messages)
 
     def _turn(self, turn: dict[str, Any]) -> dict[str, Any]:
         """A message as everybody takes it; llama.cpp wants its parts."""
@@ -3075,25 +3053,31 @@ class Anthropic(Dialect):
         return body
 
     def read(self, chunk: dict[str, Any], answer: Answer, event: str) -> None:
-        reader = self._readers.get(str(chunk.get("type")))
-        if reader is not None:
-            reader(self, chunk, answer)
+        what, key = chunk.get("type"), str(chunk.get("index"))[:20]
+        if what == "message_start":
+            self._read_message(_dict(chunk.get("message"), answer), answer)
+        elif what == "content_block_start":
+            self._read_start(_dict(chunk.get("content_block"), answer), key, answer)
+        elif what == "content_block_delta":
+            self._read_delta(_dict(chunk.get("delta"), answer), key, answer)
+        elif what == "content_block_stop":
+            answer.close_call(key)
+            answer.advance()
+        elif what == "message_delta":
+            self._read_usage(chunk, answer)
+            self.finish(answer, _dict(chunk.get("delta"), answer).get("stop_reason"))
+        elif what == "message_stop":
+            answer.end()
 
     def read_whole(self, document: dict[str, Any], answer: Answer) -> None:
         self._read_message(document, answer)
         for number, block in enumerate(_dicts(document.get("content"), answer)):
-            place = {"index": number}
-            if block.get("type") == "tool_use":
-                start = {**block, "input": {}}
-                self._read_start({**place, "content_block": start}, answer)
-                arguments = jsonlib.dumps(block.get("input") or {})
-                answer.call_arguments(self._key(place), arguments)
-            else:
-                self._read_start({**place, "content_block": block}, answer)
+            is_call = block.get("type") == "tool_use"
+            start = {**block, "input": {}} if is_call else block
+            self._read_start(start, str(number), answer)
+            if is_call:
+                answer.call_arguments(str(number), block.get("input") or "{}")
         self.finish(answer, document.get("stop_reason"))
-
-    def _key(self, chunk: dict[str, Any]) -> str:
-        return str(chunk.get("index"))[:20]
 
     def _read_message(self, message: dict[str, Any], answer: Answer) -> None:
         answer.identify(message.get("id"), message.get("model"))
@@ -3108,130 +3092,52 @@ class Anthropic(Dialect):
         known = {**(answer.usage.raw if answer.usage else {}), **news}
         answer.count(known.get("input_tokens"), known.get("output_tokens"), known)
 
-    def _read_start(self, chunk: dict[str, Any], answer: Answer) -> None:
-        block = _dict(chunk.get("content_block"), answer)
-        part = dict(block)
-        answer.add_part(part)
-        answer.memory["block", self._key(chunk)] = part
-        self._read_first(self._key(chunk), block, part, answer)
+    def _read_start(self, block: dict[str, Any], key: str, answer: Answer) -> None:
+        what = block.get("type")
         answer.advance()
-
-    def _read_first(
-        self, key: str, block: dict[str, Any], part: dict[str, Any], answer: Answer
-    ) -> None:
-        """What a block brings with its start; of text, the part keeps the offset."""
-        kind = block.get("type")
-        if kind == "text":
-            part["text"] = answer.position()
-            answer.text(block.get("text"))
-        if kind == "thinking":
-            part["thinking"] = answer.position("reasoning")
-            answer.reasoning(block.get("thinking"))
-        if kind == "tool_use":
+        if what in ("text", "thinking"):  # its text is called like the block
+            kind = "text" if what == "text" else "reasoning"
+            part = answer.add_part({**block, what: ""}, what, kind)
+            answer.add(kind, block.get(what))
+        elif what == "tool_use":
             answer.open_call(key, block.get("id"), block.get("name"))
-            part["input"] = answer.call(key)
+            part = answer.add_part(block, "partial_json", key=key)
             first = block.get("input")
             answer.call_arguments(key, jsonlib.dumps(first) if first else "")
-
-    def _read_delta(self, chunk: dict[str, Any], answer: Answer) -> None:
-        delta = _dict(chunk.get("delta"), answer)
-        kind, key = delta.get("type"), self._key(chunk)
-        if kind == "text_delta":
-            answer.text(delta.get("text"))
-            return
-        part = answer.memory.get(("block", key), {})
-        if kind == "thinking_delta":
-            answer.reasoning(delta.get("thinking"))
-        if kind == "input_json_delta":
-            self._read_input(key, part, delta.get("partial_json"), answer)
-        if kind == "signature_delta":
-            self._append(part, "signature", delta.get("signature"), answer)
-        if kind == "citations_delta":
-            answer.keep(delta)
-            part["citations"] = part.get("citations") or []
-            part["citations"].append(delta.get("citation"))
-        if kind == "compaction_delta":
-            answer.keep(delta)
-            part["content"] = delta.get("content")
-
-    def _read_input(
-        self, key: str, part: dict[str, Any], text: Any, answer: Answer
-    ) -> None:
-        """Arguments of the caller's tool, or of one that the provider runs."""
-        if part.get("type") in (None, "tool_use"):
-            answer.call_arguments(key, text)
         else:
-            self._append(part, "_json", text, answer)
+            part = answer.add_part(dict(block))
+        answer.memory["block", key] = part
+
+    def _read_delta(self, delta: dict[str, Any], key: str, answer: Answer) -> None:
+        what, part = delta.get("type"), answer.memory.get(("block", key))
+        form: dict[str, Any] = part.form if part else {}
+        if what == "text_delta":
+            answer.text(delta.get("text"))
+        elif what == "thinking_delta":
+            answer.reasoning(delta.get("thinking"))
+        elif what == "input_json_delta" and form.get("type") in (None, "tool_use"):
+            answer.call_arguments(key, delta.get("partial_json"))
+        elif what == "input_json_delta" and part:  # of a tool that the provider runs
+            answer.lengthen(part, "partial_json", delta.get("partial_json"))
             answer.advance()
-
-    def _append(
-        self, part: dict[str, Any], name: str, text: Any, answer: Answer
-    ) -> None:
-        """Lengthen a text of a block that is not the caller's; it is kept whole."""
-        if not isinstance(text, str):
-            answer.odd(text)
-            return
-        answer.keep(text)
-        if not isinstance(part.get(name), TextBuffer):
-            first, part[name] = part.get(name), TextBuffer(Room())
-            part[name].add(first if isinstance(first, str) else "")
-        part[name].add(text)
-
-    def _read_stop(self, chunk: dict[str, Any], answer: Answer) -> None:
-        answer.close_call(self._key(chunk))
-        answer.advance()
-
-    def _read_begin(self, chunk: dict[str, Any], answer: Answer) -> None:
-        self._read_message(_dict(chunk.get("message"), answer), answer)
-
-    def _read_finish(self, chunk: dict[str, Any], answer: Answer) -> None:
-        self._read_usage(chunk, answer)
-        self.finish(answer, _dict(chunk.get("delta"), answer).get("stop_reason"))
-
-    def _read_end(self, chunk: dict[str, Any], answer: Answer) -> None:
-        answer.end()
-
-    _readers: ClassVar[dict[str, Callable[..., None]]] = {
-        "message_start": _read_begin,
-        "content_block_start": _read_start,
-        "content_block_delta": _read_delta,
-        "content_block_stop": _read_stop,
-        "message_delta": _read_finish,
-        "message_stop": _read_end,
-    }
+        elif what == "signature_delta" and part:
+            answer.lengthen(part, "signature", delta.get("signature"))
+        elif what == "citations_delta":
+            answer.keep(delta)
+            form["citations"] = form.get("citations") or []
+            form["citations"].append(delta.get("citation"))
+        elif what == "compaction_delta":
+            answer.keep(delta)
+            form["content"] = delta.get("content")
 
     def message(self, answer: Answer, text: str) -> Any:
-        # Text is kept once, for the caller; a block knows only where its own begins,
-        # and ends where the next one of its kind begins.
-        texts = {"text": text, "thinking": answer.side_text("reasoning")}
-        ends: dict[str, int | None] = {"text": None, "thinking": None}
-        whole = {id(call) for call in answer._calls.values() if call.whole()}
-        blocks = []
-        for part in reversed(answer.parts):
-            kind, call = str(part.get("type")), part.get("input")
-            if isinstance(call, _OpenCall) and id(call) not in whole:
-                continue
-            block = self._block(part)
-            if kind in texts:
-                block[kind] = texts[kind][part[kind] : ends[kind]]
-                ends[kind] = part[kind]
-            blocks.append(block)
+        blocks = answer.turn(text)
+        for block in blocks:
+            if "partial_json" in block:
+                block["input"] = _json_or(block.pop("partial_json") or "{}", {})
         # The API refuses to be sent text that is nothing but white space.
         kept = [b for b in blocks if b.get("type") != "text" or b["text"].strip()]
-        return {"role": "assistant", "content": kept[::-1]}
-
-    def _block(self, part: dict[str, Any]) -> dict[str, Any]:
-        """A part as the API takes it, but for its text."""
-        block = {
-            name: value.text if isinstance(value, TextBuffer) else value
-            for name, value in part.items()
-        }
-        if isinstance(part.get("input"), _OpenCall):
-            block["input"] = parse_json(part["input"].arguments.text or "{}")
-        arguments = block.pop("_json", None)
-        if isinstance(part.get("_json"), TextBuffer):
-            block["input"] = _parsed_or_empty(arguments)
-        return block
+        return {"role": "assistant", "content": kept}
 
     def prefill(self, body: dict[str, Any], text: str) -> dict[str, Any] | None:
         thinking = _dict(body.get("thinking")).get("type", "disabled")
@@ -3241,13 +3147,6 @@ class Anthropic(Dialect):
 
     def exact(self, body: dict[str, Any]) -> bool:
         return bool(re.search(self._prefilled, str(body.get("model"))))
-
-
-def _parsed_or_empty(text: str) -> Any:
-    try:
-        return parse_json(text or "{}")
-    except ValueError:
-        return {}
 
 
 class Gemini(Dialect):
@@ -3314,14 +3213,11 @@ class Gemini(Dialect):
             answer.finish("content_filter", blocked)
         usage = chunk.get("usageMetadata")
         if isinstance(usage, dict):
-            self._read_usage(usage, answer)
-
-    def _read_usage(self, usage: dict[str, Any], answer: Answer) -> None:
-        names = ("candidatesTokenCount", "thoughtsTokenCount")
-        counts = [_count(usage.get(name)) for name in names]
-        known = [count for count in counts if count is not None]
-        output = sum(known) if known else None
-        answer.count(usage.get("promptTokenCount"), output, usage)
+            names = ("candidatesTokenCount", "thoughtsTokenCount")
+            counts = [_count(usage.get(name)) for name in names]
+            known = [count for count in counts if count is not None]
+            output = sum(known) if known else None
+            answer.count(usage.get("promptTokenCount"), output, usage)
 
     def _read_candidate(self, candidate: dict[str, Any], answer: Answer) -> None:
         index = _index(candidate.get("index"))
@@ -3337,46 +3233,32 @@ class Gemini(Dialect):
             self.finish(answer, raw, index)
 
     def _read_part(self, part: dict[str, Any], index: int, answer: Answer) -> None:
-        if index == 0:
-            self._note_part(part, answer)
-        if isinstance(part.get("functionCall"), dict):
-            self._read_call(part, part["functionCall"], index, answer)
-        elif part.get("thought") is True:
-            answer.reasoning(part.get("text"), index)
-        else:
-            answer.text(part.get("text"), index)
-
-    def _note_part(self, part: dict[str, Any], answer: Answer) -> None:
-        """Keep what the next turn needs: runs of text, and every other part."""
-        call = part.get("functionCall")
-        if isinstance(call, dict) and self._is_streamed(call, answer):
-            return  # noted when it is whole
+        call, text = part.get("functionCall"), part.get("text")
+        if isinstance(call, dict):
+            # A name begins another call; only a piece of one has none.
+            is_piece = "partial" in answer.memory and not call.get("name")
+            if is_piece or "partialArgs" in call or call.get("willContinue"):
+                self._read_partial(part, call, index, answer)
+            else:
+                self._read_call(part, (index, answer.calls_begun), index, answer)
+            return
         is_text = "text" in part and part.get("thought") is not True
-        if not is_text or part.get("thoughtSignature"):
-            noted = dict(part)
-            if is_text:
-                noted["text"] = (answer.position(), len(str(part["text"])))
-            answer.add_part(noted)
-        elif part["text"] and not self._is_run(answer.parts):
-            answer.add_part({"text": (answer.position(), None)})
-
-    def _is_run(self, parts: list[dict[str, Any]]) -> bool:
-        text = parts[-1].get("text") if parts else None
-        return isinstance(text, tuple) and text[1] is None
-
-    def _is_streamed(self, call: dict[str, Any], answer: Answer) -> bool:
-        """Whether this is a piece of a call whose arguments are streamed."""
-        if "partialArgs" in call or call.get("willContinue"):
-            return True
-        return "partial" in answer.memory and not call.get("name")
+        last = answer.parts[-1].form if answer.parts else None
+        if index == 0 and not is_text:
+            answer.add_part(dict(part))
+        elif index == 0 and part.get("thoughtSignature"):
+            answer.add_part({**part, "text": ""}, "text", "text")
+        elif index == 0 and text and last != {"text": ""}:  # else it goes on
+            answer.add_part({"text": ""}, "text", "text")
+        answer.add("text" if is_text else "reasoning", text, index)
 
     def _read_call(
-        self, part: dict[str, Any], call: dict[str, Any], index: int, answer: Answer
+        self, part: dict[str, Any], key: Any, index: int, answer: Answer
     ) -> None:
-        if self._is_streamed(call, answer):
-            self._read_partial(part, call, index, answer)
-            return
-        key = (index, answer.calls_begun)
+        """A call that is whole."""
+        call = part["functionCall"]
+        if index == 0:
+            answer.add_part(part)
         answer.open_call(key, call.get("id"), call.get("name"))
         answer.call_arguments(key, jsonlib.dumps(call.get("args") or {}), index)
         answer.close_call(key)
@@ -3390,30 +3272,28 @@ class Gemini(Dialect):
             whole = {**part, "functionCall": first}
             key = (index, answer.calls_begun)
             answer.keep(whole)
-            answer.memory["partial"] = (key, whole, _PartialArguments(answer))
+            answer.memory["partial"] = (key, whole, {})
             answer.open_call(key, call.get("id"), call.get("name"))
-        key, whole, arguments = answer.memory["partial"]
+        key, whole, values = answer.memory["partial"]
         for piece in _dicts(call.get("partialArgs"), answer):
-            arguments.add(piece)
+            path = str(piece.get("jsonPath") or "")
+            name = next((name for name in piece if name.endswith("Value")), None)
+            if name is not None:
+                if path not in values:
+                    for step in _steps_of(path):
+                        answer.keep(step)
+                value = None if name == "nullValue" else piece[name]
+                answer.keep(value)
+                values.setdefault(path, []).append(value)
         if call.get("willContinue"):
             answer.advance()
             return
         del answer.memory["partial"]
-        whole["functionCall"]["args"] = arguments.whole()
-        if index == 0:
-            answer.add_part(whole)
-        answer.call_arguments(key, jsonlib.dumps(whole["functionCall"]["args"]), index)
-        answer.close_call(key)
+        whole["functionCall"]["args"] = _object_of(values)
+        self._read_call(whole, key, index, answer)
 
     def message(self, answer: Answer, text: str) -> Any:
-        parts, end = [], len(text)
-        for part in reversed(answer.parts):  # a run of text ends where the next begins
-            if isinstance(part.get("text"), tuple):
-                start, length = part["text"]
-                stop = end if length is None else start + length
-                part, end = {**part, "text": text[start:stop]}, start
-            parts.append(part)
-        return {"role": "model", "parts": parts[::-1] or [{"text": text}]}
+        return {"role": "model", "parts": answer.turn(text) or [{"text": text}]}
 
     def add_turns(
         self, body: dict[str, Any], turns: Sequence[tuple[str, str]]
@@ -3433,59 +3313,32 @@ _PATH_STEP = r"""\[(\d{1,9})\]|\['([^']*)'\]|\["([^"]*)"\]|([^.\[\]$]+)"""
 
 
 def _steps_of(path: str) -> Iterator[int | str]:
-    for found in re.finditer(_PATH_STEP, path):
-        number, single, double, name = found.groups("")
+    for number, single, double, name in re.findall(_PATH_STEP, path):
         yield int(number) if number else single or double or name
 
 
-class _PartialArguments:
-    """Arguments that come as values at paths such as ``$.days[0].name``."""
+def _object_of(pieces: dict[str, list[Any]]) -> dict[str, Any]:
+    """One object out of values at paths such as ``$.days[0].name``.
 
-    def __init__(self, answer: Answer) -> None:
-        self._answer = answer
-        self._values: dict[str, Any] = {}
-
-    def add(self, piece: dict[str, Any]) -> None:
-        """Set the value at a path; a string is lengthened."""
-        path = str(piece.get("jsonPath") or "")
-        name = next((key for key in piece if key.endswith("Value")), None)
-        if name is None:
-            return
-        value = None if name == "nullValue" else piece[name]
-        self._answer.keep(value)
-        if path not in self._values:
-            for step in _steps_of(path):
-                self._answer.keep(step)
+    :param pieces: the values by path; strings come in pieces.
+    """
+    whole: dict[str, Any] = {}
+    for path, values in pieces.items():
+        value = values[-1]
         if isinstance(value, str):
-            if not isinstance(self._values.get(path), TextBuffer):
-                self._values[path] = TextBuffer(Room())
-            self._values[path].add(value)
-        else:
-            self._values[path] = value
-
-    def whole(self) -> dict[str, Any]:
-        """The arguments as one object."""
-        arguments: dict[str, Any] = {}
-        for path, value in self._values.items():
-            value = value.text if isinstance(value, TextBuffer) else value
-            steps = list(_steps_of(path))
-            node: Any = arguments
-            for place, step in enumerate(steps[:-1], 1):
-                node = _put(node, step, [] if isinstance(steps[place], int) else {})
-            if steps:
-                _put(node, steps[-1], value)
-        return arguments
-
-
-def _put(node: Any, step: int | str, value: Any) -> Any:
-    """The value at a step into an object or array; put there if there is none."""
-    if isinstance(node, dict) and isinstance(step, str):
-        return node.setdefault(step, value)
-    if isinstance(node, list) and isinstance(step, int) and step <= len(node):
-        if step == len(node):  # arrays come in order
-            node.append(value)
-        return node[step]
-    return None
+            value = "".join(piece for piece in values if isinstance(piece, str))
+        steps = list(_steps_of(path))
+        inner: list[Any] = [[] if isinstance(step, int) else {} for step in steps[1:]]
+        node: Any = whole
+        for step, below in zip(steps, [*inner, value]):
+            if isinstance(node, dict) and isinstance(step, str):
+                node = node.setdefault(step, below)
+            elif isinstance(node, list) and step in range(len(node) + 1):
+                node[len(node) :] = [below] if step == len(node) else []  # in order
+                node = node[cast(int, step)]
+            else:
+                break  # the paths contradict each other
+    return whole
 
 
 class Cohere(Dialect):
@@ -4167,6 +4020,8 @@ class _Intake:
         try:
             read(chunk, answer, *event)
         except _ODDITIES as error:
+            if isinstance(error, _Misuse) or getattr(error, "obj", None) is answer:
+                raise  # a mistake in the dialect, whatever the server sent
             answer.malformed += 1
             logger.debug("the dialect cannot read a chunk: %s", type(error).__name__)
         if answer.malformed > before:

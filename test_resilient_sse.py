@@ -5011,7 +5011,12 @@ def taken_in(dialect, regions, patience):
             break
     facts = (answer.id, answer.model, answer.cursor, answer.usage, answer.finishes)
     counts = (answer.progress, answer.started, answer.malformed, answer.deltas)
-    kinds = (answer.last_kind, answer.sides(), answer.parts, answer._held)
+    kinds = (
+        answer.last_kind,
+        answer.sides(),
+        answer.turn(answer.received.text),
+        answer._halves,
+    )
     return seen, facts, counts, kinds, intake.events, answer.received.text
 
 
