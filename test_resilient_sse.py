@@ -1073,6 +1073,76 @@ def test_the_first_error_counts_and_none_behind_the_end_marker():
     assert answer.ended and answer.error is None
 
 
+class Misusing(rs.Dialect):
+    """A dialect of somebody else's that calls an answer as it must not."""
+
+    def __init__(self, mistake):
+        self.mistake = mistake
+        self.finish_reasons = {"eos": "done"}
+
+    def read(self, chunk, answer, event):
+        answer.text(chunk["t"])
+        self.mistake(self, answer)
+
+
+# A mistake in a dialect, and what the error must name.
+MISUSES = {
+    "a kind that there is not": (
+        lambda dialect, answer: answer.add("thought", "hm"),
+        r"Answer\.add\(\) takes one of text reasoning refusal, not 'thought'",
+    ),
+    "a kind that has a method of its own": (
+        lambda dialect, answer: answer.add("tool_call", ""),
+        r"Answer\.add\(\) takes one of",
+    ),
+    "a reason that is not one of the five": (
+        lambda dialect, answer: answer.finish("eos", "eos"),
+        r"Answer\.finish\(\) takes one of stop length .*, not 'eos'",
+    ),
+    "no reason": (
+        lambda dialect, answer: answer.finish(None, "eos"),
+        r"Answer\.finish\(\) takes one of stop length .*, not 'None'",
+    ),
+    "a reason that its own table gives": (
+        lambda dialect, answer: dialect.finish(answer, "eos"),
+        r"Answer\.finish\(\) takes one of stop length .*, not 'done'",
+    ),
+    "an error that is a text": (
+        lambda dialect, answer: answer.fail("overloaded"),
+        r"Answer\.fail\(\) takes a StreamingError, such as .* makes, not str",
+    ),
+    "an error of another kind": (
+        lambda dialect, answer: answer.fail(ValueError("x")),
+        r"Answer\.fail\(\) takes a StreamingError, such as .* makes, not ValueError",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake, message", MISUSES.values(), ids=MISUSES)
+def test_a_dialect_that_misuses_an_answer_hears_it(mistake, message):
+    raw = sse({"t": "Hi"}, {"t": " there"})
+    stream = rs.ChatStream.replay(raw, Misusing(mistake))
+    with pytest.raises(TypeError, match=message):
+        list(stream)
+
+
+@pytest.mark.skipif(
+    sys.version_info < (3, 10), reason="it is counted as odd JSON there"
+)
+def test_a_dialect_that_mistypes_a_method_of_an_answer_hears_it():
+    mistyped = Misusing(lambda dialect, answer: answer.reasonning("hm"))
+    with pytest.raises(AttributeError, match="reasonning"):
+        list(rs.ChatStream.replay(sse({"t": "Hi"}), mistyped))
+
+
+@pytest.mark.parametrize("index", [-1, 1 << 40, 0.5, True, None, "1", [1], {}], ids=str)
+def test_an_index_that_no_choice_has_is_taken_for_the_first_one(index):
+    answer = rs.Answer()
+    answer.text("Hi", index)
+    answer.finish("stop", "stop", index)
+    assert (said_by(answer), answer.finished) == ([("text", 0, "Hi")], True)
+
+
 def test_an_answer_is_finished_when_every_choice_is():
     answer = rs.Answer()
     answer.expected = 2
@@ -1752,6 +1822,37 @@ def test_a_replay_with_other_or_less_reasoning_differs(thoughts):
     deltas = [("reasoning", thought) for thought in thoughts]
     with pytest.raises(rs.ResumeMismatchError):
         replayed_over(seam, *deltas, ("text", "So it is"))
+
+
+@pytest.mark.parametrize("cut", range(1, 8))
+def test_a_replay_that_is_reattached_goes_on_comparing(cut):
+    answer = rs.Answer()
+    answer.text("So it")
+    answer.reasoning("hm")
+    assert said_by(answer) == [("text", 0, "So it"), ("reasoning", 0, "hm")]
+    again = answer.again()
+    words, said = "So it is", []
+    again.text(words[:cut])
+    said += said_by(again)
+    again.reattach()
+    again.text(words[cut:])
+    again.reasoning("hm, well")
+    again.settle()
+    said += said_by(again)
+    assert "".join(text for kind, _, text in said if kind == "text") == " is"
+    assert "".join(text for kind, _, text in said if kind == "reasoning") == ", well"
+
+
+def test_a_reply_to_go_on_that_is_reattached_loses_nothing():
+    answer = rs.Answer()
+    answer.text("Once upon a")
+    answer.take()
+    answer.new_request(rs.AskSeam(answer.received.text))
+    answer.text("once upon a ")  # held back: it may be a copy of the end
+    answer.reattach()
+    answer.text("time")
+    answer.settle()
+    assert said_by(answer) == [("text", 0, "once upon a time")]
 
 
 @pytest.mark.parametrize("overlap", [0, 8, 9, 30, 150, 400])
