@@ -1306,7 +1306,7 @@ class TextBuffer:
         return "".join(reversed(pieces))
 
 
-class _Call:
+class _OpenCall:
     """A tool call, as far as it was received."""
 
     def __init__(self, number: int, room: Room) -> None:
@@ -1345,7 +1345,7 @@ class _Part(NamedTuple):
     field: str  # what of the form these runs are
     kind: str
     runs: _Runs
-    call: _Call | None
+    call: _OpenCall | None
     more: dict[str, TextBuffer]  # what else of it grows
 
 
@@ -1378,7 +1378,7 @@ class Answer:
         #: The parts of the assistant turn, without their texts; see :meth:`turn`.
         self.parts: list[_Part] = []
         #: The tool calls that were begun, by what the stream knows them as.
-        self.calls: dict[Any, _Call] = {}
+        self.calls: dict[Any, _OpenCall] = {}
         #: Whatever else a dialect must remember between two events; see keep().
         self.memory: dict[Any, Any] = {}
         self.malformed = 0
@@ -1446,7 +1446,7 @@ class Answer:
         if call is None:
             self._guard_count(len(self.calls))
             self.keep(key)
-            call = self.calls[key] = _Call(len(self.calls), self._for_arguments)
+            call = self.calls[key] = _OpenCall(len(self.calls), self._for_arguments)
         if call.id is None and isinstance(id, str) and id:
             self.keep(id)
             call.id = id  # old vLLM makes up another one for each fragment
