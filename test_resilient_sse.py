@@ -15685,7 +15685,7 @@ class SimPlan:
             * pick([1, 1, 2])
             for _ in range(pick([1, 1, 2]))
         ]
-        self.closes_after = pick([None] * 16 + [0.0, 0.2, 2.0, 9.0])
+        self.closes_after = pick([None] * 12 + [0.0, 0.2, 2.0, rng.uniform(2, 30)])
         self.pauses = pick([0.0, 0.0, 0.1])
         self.turn = pick([0.02, 0.2, 0.5])
         self.line_turn = pick([0.0] * 19 + [0.01])
