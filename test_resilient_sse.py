@@ -69,7 +69,6 @@ import resilient_sse as rs
 from examples import dashboard, flaky_server, local_model
 from examples.flaky_server import (
     STORY,
-    ConnectProxy,
     FlakyServer,
     read_request,
     transcript,
@@ -5584,6 +5583,73 @@ def net_deaf():
         yield full.getsockname()
 
 
+def net_pump(source, target, deadline):
+    """Carry bytes from one socket to another until either ends, then end both."""
+    with contextlib.suppress(OSError, ValueError):
+        source.settimeout(max(0.001, deadline - time.monotonic()))
+        for data in iter(lambda: source.recv(65536), b""):
+            target.sendall(data)
+    flaky_server.wake(source)
+    flaky_server.wake(target)
+
+
+def net_relay(sock, upstream, deadline):
+    """Carry bytes both ways until one side ends."""
+    arguments = (upstream, sock, deadline)
+    back = threading.Thread(target=net_pump, args=arguments, daemon=True)
+    back.start()
+    net_pump(sock, upstream, deadline)
+    back.join(5)
+
+
+class ConnectProxy(flaky_server.Listener):
+    """An HTTP proxy for loopback targets: CONNECT tunnels, and plain requests.
+
+    ``requests`` has what it was asked; the path of a CONNECT is ``host:port``.
+    """
+
+    def handle(self, connection):
+        request = read_request(connection)
+        self.record(request)
+        is_tunnel = request.method == "CONNECT"
+        target = urlsplit("//" + request.target if is_tunnel else request.target)
+        place = (target.hostname, target.port or 80)
+        status = "403 Loopback Only"
+        try:
+            if target.hostname not in ("localhost", "127.0.0.1", "::1"):
+                raise OSError(status)
+            status = "502 No Such Target"
+            upstream = socket.create_connection(place, timeout=10)
+        except OSError:
+            head = (
+                f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            )
+            connection.send(head.encode())
+            return False
+        with upstream:
+            if is_tunnel:
+                connection.send(b"HTTP/1.1 200 Connection Established\r\n\r\n")
+                upstream.sendall(connection.received)
+            else:
+                upstream.sendall(self.forwarded(request, target))
+            net_relay(connection.sock, upstream, connection.deadline)
+        return False
+
+    def forwarded(self, request, target):
+        """The request as its server wants it, with one answer on the connection."""
+        path = (target.path or "/") + ("?" + target.query if target.query else "")
+        dropped = ("connection", "transfer-encoding", "content-length")
+        lines = [
+            f"{name}: {value}"
+            for name, value in request.headers.items()
+            if not name.startswith("proxy-") and name not in dropped
+        ]
+        size = len(request.body)
+        lines = [f"{request.method} {path} HTTP/1.1", *lines, "connection: close"]
+        lines += [f"content-length: {size}", "", ""]
+        return "\r\n".join(lines).encode("latin-1") + request.body
+
+
 def net_socks_relay(sock):
     """A SOCKS5 proxy for names and IPv4 addresses (RFC 1928)."""
     sock.recv(sock.recv(2)[1])
@@ -5595,10 +5661,7 @@ def net_socks_relay(sock):
     end = time.monotonic() + 20
     with socket.create_connection((host, port), 5) as upstream:
         sock.sendall(b"\5\0\0\1" + bytes(6))
-        back = threading.Thread(target=flaky_server.pump, args=(upstream, sock, end))
-        back.start()
-        flaky_server.pump(sock, upstream, end)
-        back.join()
+        net_relay(sock, upstream, end)
 
 
 @contextlib.contextmanager
@@ -15318,7 +15381,9 @@ class SimSaid(flaky_server.Call):
     thoughts = property(
         lambda self: [t for kind, t in self.answer.deltas if kind != "text"]
     )
-    tools = property(lambda self: [(n, *c) for n, c in enumerate(self.answer.calls)])
+    tools = property(
+        lambda self: [flaky_server.Tool(n, *c) for n, c in enumerate(self.answer.calls)]
+    )
 
     def id(self, prefix):
         return self.answer.id

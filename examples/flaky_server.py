@@ -34,68 +34,7 @@ The paths, below any prefix: ``/chat/completions``, ``/completions``, ``/respons
 ``/api/generate`` (Ollama), ``/models/M:streamGenerateContent`` (Gemini), ``/v2/chat``
 (Cohere), ``/generate_stream`` (TGI) and ``/events`` (server-sent events with IDs).
 
-==================== ===================================================================
-ok                   The good answer.
-drop:N               FIN after N bytes of the body, at the end of a chunk.
-drop-event:N         FIN after N events.
-drop-chunk:N         FIN after N bytes, within a chunk that announced more.
-reset:N              RST after N bytes of the body.
-reset-event:N        RST after N events.
-end:N                The framing ends properly after N bytes: a truncation that HTTP
-                     does not show.
-end-event:N          The framing ends properly after N events.
-bad-chunk:N          After N events the length of a chunk is no number; then FIN.
-stall:N              N bytes of the body, then silence until the client leaves.
-stall-event:N        N events, then silence until the client leaves.
-slow-first:SECONDS   Headers at once, the body after SECONDS.
-drip:SECONDS         One byte per write, SECONDS apart.
-pings:N              N comments before each event (empty lines in NDJSON).
-ping-forever:N       After N events only comments, every 20 ms, without end.
-drip-forever:N       After N events one byte of an unfinished comment line every 20 ms
-                     (of white space in NDJSON).
-empty-deltas:N       After N events deltas with an empty text every 20 ms, without end.
-no-done              All but the end marker.
-no-finish            All but the finish reason.
-finish-then-stall    Silence right after the finish reason.
-finish-then-reset    RST right after the finish reason.
-finish-then-error    An error event right after the finish reason, then the end.
-done-then-open       The whole answer, but neither the framing nor the connection ends.
-error-event:N        After N events the protocol's error event (overloaded), then the
-                     end.
-error-event-done:N   The same, then ``data: [DONE]`` and the end.
-fatal-error:N        After N events the same for an invalid request, then the end.
-named-error:N        After N events an ``event: error`` with the error, as Groq sends
-                     it, then the end.
-stray-error:N        After N events a field ``error: {...}`` (old llama.cpp), then the
-                     end.
-bare-error:N         After N events a JSON error over several lines without ``data:``,
-                     as Google sends it, then the end.
-malformed:N          After N events a delta whose JSON is broken off, and the good
-                     answer goes on.
-garbage:N            After N events a harmless line of data that is no JSON, and the
-                     good answer goes on.
-different            Quite another text; to be written before other faults.
-status:CODE          An HTTP error, with headers: ``status:429:retry-after=2``.
-quota                A 429 that no waiting cures: ``insufficient_quota``.
-html:CODE            The error page of a proxy with this status.
-json                 200 with the whole answer as ``application/json``, as from a server
-                     that ignores ``stream``.
-json-error           200 with an error as ``application/json``.
-empty                200 and a stream without a byte.
-redirect:URL         307 to this URL.
-refuse               The connection is closed without a byte.
-no-http              Something that is not HTTP, then FIN.
-header-cut           FIN within the header block.
-headers-stall        Half of the header block, then silence until the client leaves.
-headers-drip:SECONDS The header block byte by byte, SECONDS apart; then the good answer.
-endless-line         One line of data that never ends, as fast as it is read.
-endless-event        One event without end: lines, never a blank one (empty NDJSON
-                     objects).
-endless-answer       Good deltas of text that never end, as fast as they are read.
-empty-events         A flood of blank lines and of events without data.
-bomb                 An endless line, a thousand times larger than what is sent, by
-                     gzip.
-==================== ===================================================================
+``python flaky_server.py --list`` prints the table of faults, which stands below.
 """
 
 from __future__ import annotations
@@ -107,29 +46,17 @@ import re
 import socket
 import ssl
 import struct
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from http.client import responses as REASONS
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-__all__ = [
-    "STORY",
-    "ConnectProxy",
-    "Connection",
-    "FlakyServer",
-    "Request",
-    "fault_table",
-    "self_signed",
-    "transcript",
-]
+__all__ = ["STORY", "Connection", "FlakyServer", "Request", "fault_table", "transcript"]
 
 STORY = (
     "Once upon a time a stream ran down to the sea. “Will I arrive?” it asked the "
@@ -149,7 +76,7 @@ if TYPE_CHECKING:
     JSON = dict[str, Any]
     Steps = Iterable["Step"]
     Argument = Any  # what the converter of a fault made of the text after the colon
-    FaultFunction = Callable[["Answer", Argument], None]
+    FaultFunction = Callable[["Answer", Argument], "Steps | None"]
     Scripted = Callable[["Connection", "Request"], None]
 
 
@@ -171,13 +98,8 @@ class Request:
         headers: dict[str, str],
         body: bytes = b"",
     ) -> None:
-        self.method, self.target, self.version, self.headers, self.body = (
-            method,
-            target,
-            version,
-            headers,
-            body,
-        )
+        self.method, self.target, self.version = method, target, version
+        self.headers, self.body = headers, body
         parts = urlsplit(target)
         self.path = unquote(parts.path)
         self.query = dict(parse_qsl(parts.query, keep_blank_values=True))
@@ -345,9 +267,8 @@ def plain(content: object) -> str:
     some have a text.
     """
     if isinstance(content, list):
-        return "".join(
-            str(part.get("text") or "") for part in content if isinstance(part, dict)
-        )
+        parts = [part for part in content if isinstance(part, dict)]
+        return "".join(str(part.get("text") or "") for part in parts)
     return content if isinstance(content, str) else ""
 
 
@@ -356,11 +277,8 @@ def last_turn(messages: object, role: str = "assistant", key: str = "content") -
     continue.
     """
     last = messages[-1] if isinstance(messages, list) and messages else None
-    return (
-        plain(last.get(key))
-        if isinstance(last, dict) and last.get("role") == role
-        else ""
-    )
+    own = isinstance(last, dict) and last.get("role") == role
+    return plain(last.get(key)) if own else ""
 
 
 # -----------------------------------------------------------------------------
@@ -380,64 +298,28 @@ class Trouble(NamedTuple):
     message: str
 
 
-OVERLOADED = Trouble(
-    503,
-    "server_error",
-    "overloaded_error",
-    "UNAVAILABLE",
-    "The server is overloaded, try again.",
+OVERLOADED, INVALID, QUOTA, *COMMON = (
+    Trouble(int(status), *names)
+    for status, *names in (
+        line.split(None, 4)
+        for line in """\
+503 server_error          overloaded_error      UNAVAILABLE        The server is overloaded, try again.
+400 invalid_request_error invalid_request_error INVALID_ARGUMENT   The request is invalid.
+429 insufficient_quota    rate_limit_error      RESOURCE_EXHAUSTED You exceeded your quota.
+401 authentication_error  authentication_error  UNAUTHENTICATED    The key is wrong.
+403 permission_error      permission_error      PERMISSION_DENIED  Not with this key.
+404 not_found_error       not_found_error       NOT_FOUND          There is no such thing.
+429 rate_limit_exceeded   rate_limit_error      RESOURCE_EXHAUSTED Too many requests.
+""".splitlines()
+    )
 )
-INVALID = Trouble(
-    400,
-    "invalid_request_error",
-    "invalid_request_error",
-    "INVALID_ARGUMENT",
-    "The request is invalid.",
-)
-QUOTA = Trouble(
-    429,
-    "insufficient_quota",
-    "rate_limit_error",
-    "RESOURCE_EXHAUSTED",
-    "You exceeded your quota.",
-)
-TROUBLES = {
-    401: Trouble(
-        401,
-        "authentication_error",
-        "authentication_error",
-        "UNAUTHENTICATED",
-        "The key is wrong.",
-    ),
-    403: Trouble(
-        403,
-        "permission_error",
-        "permission_error",
-        "PERMISSION_DENIED",
-        "Not with this key.",
-    ),
-    404: Trouble(
-        404,
-        "not_found_error",
-        "not_found_error",
-        "NOT_FOUND",
-        "There is no such thing.",
-    ),
-    429: Trouble(
-        429,
-        "rate_limit_exceeded",
-        "rate_limit_error",
-        "RESOURCE_EXHAUSTED",
-        "Too many requests.",
-    ),
-    529: OVERLOADED._replace(status=529),
-}
+TROUBLES = {trouble.status: trouble for trouble in COMMON}
 
 
 def trouble_of(status: int) -> Trouble:
     """Return the error that goes with an HTTP status."""
     common = INVALID if status < 500 and status != 408 else OVERLOADED
-    return TROUBLES.get(status) or common._replace(status=status)
+    return TROUBLES.get(status, common)._replace(status=status)
 
 
 class Refused(Exception):
@@ -446,6 +328,28 @@ class Refused(Exception):
     def __init__(self, status: int, body: object) -> None:
         super().__init__(status)
         self.status, self.body = status, body
+
+
+class Tool(NamedTuple):
+    """One call of a tool that an answer makes, its arguments in pieces."""
+
+    number: int
+    id: str
+    name: str
+    pieces: Sequence[str]
+
+    @property
+    def arguments(self) -> str:
+        return "".join(self.pieces)
+
+    @property
+    def parsed(self) -> Any:
+        return json.loads(self.arguments or "{}")
+
+    def function(self, arguments: str) -> JSON:
+        """Return the call as OpenAI writes it, with these arguments."""
+        function = {"name": self.name, "arguments": arguments}
+        return {"id": self.id, "type": "function", "function": function}
 
 
 @dataclass(frozen=True)
@@ -483,28 +387,32 @@ class Call:
         return slices(self.options.reasoning, size if isinstance(size, int) else 4)
 
     @property
-    def tools(self) -> list[tuple[int, str, str, list[str]]]:
-        """The tool calls: number, ID, name, and the arguments in pieces."""
-        return [
-            (number, f"call_{number}", name, slices(arguments, 8))
-            for number, (name, arguments) in enumerate(self.options.tool_calls)
-        ]
+    def tools(self) -> list[Tool]:
+        calls = enumerate(self.options.tool_calls)
+        return [Tool(n, f"call_{n}", f, slices(text, 8)) for n, (f, text) in calls]
 
     @property
     def output_tokens(self) -> int:
         return len(self.pieces) + len(self.thoughts)
+
+    @property
+    def eol(self) -> str:
+        return self.options.eol or self.protocol.eol
 
     def id(self, prefix: str) -> str:
         return f"{prefix}{self.request.number}"
 
     def sse(self, data: object, event: str = "", id: str = "") -> bytes:
         """Encode one server-sent event; *data* is text, or an object for JSON."""
-        eol = self.options.eol or self.protocol.eol
         text = data if isinstance(data, str) else dumps(data)
         lines = ["event: " + event] if event else []
         lines += ["id: " + id] if id else []
         lines += ["data: " + line for line in text.split("\n")]
-        return (eol.join(lines) + eol + eol).encode("utf-8")
+        return (self.eol.join(lines) + self.eol * 2).encode("utf-8")
+
+    def event(self, type: str, kind: str = "other", **data: object) -> Event:
+        """Return the event of a provider whose JSON names its type again."""
+        return Event(self.sse({"type": type, **data}, type), kind)
 
     def restart(self, text: str) -> Call:
         """Return the call that tells quite another *text*."""
@@ -516,7 +424,6 @@ class Protocol:
     something went wrong.
     """
 
-    name = ""
     path = ""  # a regular expression, matched at the end of the path
     methods: Sequence[str] = ("POST",)
     media = "text/event-stream"
@@ -524,17 +431,14 @@ class Protocol:
 
     def prefix(self, body: JSON, text: str) -> str:
         """Return the part of the answer that the request already has and asks to
-        continue.
+        continue: by default, a last message of the model's own.
         """
-        return ""
+        return last_turn(body.get("messages"))
 
     def refuses(self, call: Call, prefix: str) -> str:
         """Return why the provider would answer 400, if it would."""
-        return (
-            "This model does not continue messages."
-            if prefix and call.options.continuation == "refuse"
-            else ""
-        )
+        refused = prefix and call.options.continuation == "refuse"
+        return "This model does not continue messages." if refused else ""
 
     def content_type(self, request: Request) -> str:
         return self.media
@@ -556,18 +460,13 @@ class Protocol:
 
     def error(self, trouble: Trouble) -> JSON:
         """Return the body of an HTTP error."""
-        return {
-            "error": {
-                "message": trouble.message,
-                "type": trouble.openai,
-                "param": None,
-                "code": trouble.openai,
-            }
-        }
+        kind = trouble.openai
+        error = {"message": trouble.message, "type": kind, "param": None, "code": kind}
+        return {"error": error}
 
-    def error_event(self, call: Call, trouble: Trouble, name: str = "") -> Event:
+    def error_event(self, call: Call, trouble: Trouble) -> Event:
         """Return the error as an event in the stream."""
-        return Event(call.sse(self.error(trouble), name))
+        return Event(call.sse(self.error(trouble)))
 
 
 class OpenAIChat(Protocol):
@@ -575,128 +474,79 @@ class OpenAIChat(Protocol):
     none is taken for another.
     """
 
-    name = "openai"
     path = "/chat/completions"
-    id_prefix = "chatcmpl-"
-    chunk_object = "chat.completion.chunk"
-
-    def prefix(self, body: JSON, text: str) -> str:
-        return last_turn(body.get("messages"))
+    id_prefix, chunk_object = "chatcmpl-", "chat.completion.chunk"
+    whole_object = "chat.completion"
 
     def events(self, call: Call) -> Iterator[Event]:
         indices = range(int(call.request.fields.get("n") or 1))
         for index in indices:
-            yield self.choice(
-                call, {"role": "assistant", "content": ""}, index, kind="start"
-            )
+            yield self.says(call, "start", index, role="assistant", content="")
         for thought in call.thoughts:
-            yield self.choice(call, {"reasoning_content": thought})
+            yield self.says(call, reasoning_content=thought)
         for piece in call.pieces:
             for index in indices:
-                yield self.choice(
-                    call, {"content": piece[::-1] if index else piece}, index
-                )
-        yield from self.tools(call)
+                yield self.says(call, index=index, content=piece[:: -1 if index else 1])
+        for tool in call.tools:
+            begun = {"index": tool.number, **tool.function("")}
+            yield self.says(call, tool_calls=[begun])
+            for piece in tool.pieces:
+                more = {"index": tool.number, "function": {"arguments": piece}}
+                yield self.says(call, tool_calls=[more])
+        reason = "tool_calls" if call.tools else "stop"
         for index in indices:
-            yield self.choice(
-                call, {}, index, "tool_calls" if call.tools else "stop", "finish"
-            )
+            end = {"index": index, "delta": {}, "finish_reason": reason}
+            yield self.chunk(call, "finish", **end)
+        yield from self.last(call)
+
+    def last(self, call: Call) -> Iterator[Event]:
         if self.counts(call):
-            yield self.chunk(call, [], "usage", usage=self.usage(call))
+            yield self.chunk(call, "usage")
         yield Event(call.sse("[DONE]"), "end")
 
-    def tools(self, call: Call) -> Iterator[Event]:
-        for number, id, name, pieces in call.tools:
-            start = {
-                "index": number,
-                "id": id,
-                "type": "function",
-                "function": {"name": name, "arguments": ""},
-            }
-            yield self.choice(call, {"tool_calls": [start]})
-            for piece in pieces:
-                yield self.choice(
-                    call,
-                    {
-                        "tool_calls": [
-                            {"index": number, "function": {"arguments": piece}}
-                        ]
-                    },
-                )
-
-    def choice(
-        self,
-        call: Call,
-        delta: JSON,
-        index: int = 0,
-        finish: str | None = None,
-        kind: str = "delta",
+    def says(
+        self, call: Call, kind: str = "delta", index: int = 0, **delta: object
     ) -> Event:
-        return self.chunk(
-            call, [{"index": index, "delta": delta, "finish_reason": finish}], kind
-        )
+        return self.chunk(call, kind, index=index, delta=delta, finish_reason=None)
 
-    def chunk(
-        self, call: Call, choices: list[JSON], kind: str, **fields: object
-    ) -> Event:
-        chunk: JSON = {
-            "id": call.id(self.id_prefix),
-            "object": self.chunk_object,
-            "created": CREATED,
-            "model": call.model,
-            "choices": choices,
-        }
+    def chunk(self, call: Call, kind: str, **choice: object) -> Event:
+        """Return a chunk with one choice, or the one with the usage, which has none."""
+        chunk = self.body(call, self.chunk_object, [choice] if choice else [])
         if self.counts(call):
-            chunk["usage"] = None
-        chunk.update(fields)
-        chunk.update(self.extra(call))
+            chunk["usage"] = None if choice else self.usage(call)
+        extra, number = call.options.extra, next(call.counter)
+        chunk.update(extra(number) if callable(extra) else extra or {})
         return Event(call.sse(chunk), kind)
 
-    def extra(self, call: Call) -> JSON:
-        extra, number = call.options.extra, next(call.counter)
-        return extra(number) if callable(extra) else extra or {}
+    def body(self, call: Call, object: str, choices: list[JSON]) -> JSON:
+        body = {"id": call.id(self.id_prefix), "object": object, "created": CREATED}
+        return {**body, "model": call.model, "choices": choices}
 
     def counts(self, call: Call) -> bool:
-        return bool(
-            (call.request.fields.get("stream_options") or {}).get("include_usage")
-        )
+        options = call.request.fields.get("stream_options") or {}
+        return bool(options.get("include_usage"))
 
     def usage(self, call: Call) -> JSON:
-        return {
-            "prompt_tokens": 7,
-            "completion_tokens": call.output_tokens,
-            "total_tokens": 7 + call.output_tokens,
-        }
+        count = call.output_tokens
+        usage = {"prompt_tokens": 7, "completion_tokens": count}
+        return {**usage, "total_tokens": 7 + count}
 
     def delta(self, call: Call, text: str) -> Event:
-        return self.choice(call, {"content": text})
+        return self.says(call, content=text)
 
     def whole(self, call: Call) -> JSON:
+        choice = {"index": 0, **self.choice(call)}
+        body = self.body(call, self.whole_object, [choice])
+        return {**body, "usage": self.usage(call)}
+
+    def choice(self, call: Call) -> JSON:
         message: JSON = {"role": "assistant", "content": call.text}
         if call.options.reasoning:
             message["reasoning_content"] = call.options.reasoning
         if call.tools:
-            message["tool_calls"] = [
-                {
-                    "id": id,
-                    "type": "function",
-                    "function": {"name": name, "arguments": "".join(p)},
-                }
-                for _, id, name, p in call.tools
-            ]
-        choice = {
-            "index": 0,
-            "message": message,
-            "finish_reason": "tool_calls" if call.tools else "stop",
-        }
-        return {
-            "id": call.id(self.id_prefix),
-            "object": "chat.completion",
-            "created": CREATED,
-            "model": call.model,
-            "choices": [choice],
-            "usage": self.usage(call),
-        }
+            message["tool_calls"] = [t.function(t.arguments) for t in call.tools]
+        reason = "tool_calls" if call.tools else "stop"
+        return {"message": message, "finish_reason": reason}
 
 
 class OpenAICompletions(OpenAIChat):
@@ -704,10 +554,9 @@ class OpenAICompletions(OpenAIChat):
     the text.
     """
 
-    name = "openai-completions"
     path = "/completions"
-    id_prefix = "cmpl-"
-    chunk_object = "text_completion"
+    id_prefix, chunk_object = "cmpl-", "text_completion"
+    whole_object = "text_completion"
 
     def prefix(self, body: JSON, text: str) -> str:
         return overlap(str(body.get("prompt") or ""), text)
@@ -715,27 +564,14 @@ class OpenAICompletions(OpenAIChat):
     def events(self, call: Call) -> Iterator[Event]:
         for piece in call.pieces:
             yield self.delta(call, piece)
-        yield self.chunk(
-            call, [{"index": 0, "text": "", "finish_reason": "stop"}], "finish"
-        )
-        if self.counts(call):
-            yield self.chunk(call, [], "usage", usage=self.usage(call))
-        yield Event(call.sse("[DONE]"), "end")
+        yield self.chunk(call, "finish", index=0, text="", finish_reason="stop")
+        yield from self.last(call)
 
     def delta(self, call: Call, text: str) -> Event:
-        return self.chunk(
-            call, [{"index": 0, "text": text, "finish_reason": None}], "delta"
-        )
+        return self.chunk(call, "delta", index=0, text=text, finish_reason=None)
 
-    def whole(self, call: Call) -> JSON:
-        return {
-            "id": call.id(self.id_prefix),
-            "object": "text_completion",
-            "created": CREATED,
-            "model": call.model,
-            "choices": [{"index": 0, "text": call.text, "finish_reason": "stop"}],
-            "usage": self.usage(call),
-        }
+    def choice(self, call: Call) -> JSON:
+        return {"text": call.text, "finish_reason": "stop"}
 
 
 class OpenAIResponses(Protocol):
@@ -743,27 +579,24 @@ class OpenAIResponses(Protocol):
     sequence number.
     """
 
-    name = "openai-responses"
     path = r"/responses|/responses/[^/]+(?:/cancel)?"
     methods = ("POST", "GET")
 
+    def prefix(self, body: JSON, text: str) -> str:
+        return ""
+
     def wants_stream(self, request: Request) -> bool:
-        return "true" in (
-            request.query.get("stream"),
-            dumps(request.fields.get("stream")),
-        )
+        asked = (request.query.get("stream"), dumps(request.fields.get("stream")))
+        return "true" in asked
 
     def events(self, call: Call) -> Iterator[Event]:
+        after = -1
         if not call.request.path.endswith("/responses"):
-            return self.again(
-                self.found(call), int(call.request.query.get("starting_after") or -1)
-            )
-        if call.request.fields.get("background"):
+            after = int(call.request.query.get("starting_after") or -1)
+            call = self.found(call)
+        elif call.request.fields.get("background"):
             call.memory[call.id("resp_")] = call
-        return (
-            self.event(call, number, data, kind)
-            for number, (kind, data) in enumerate(self.story(call))
-        )
+        return self.after(call, after)
 
     def found(self, call: Call) -> Call:
         """Return the call that created the response that this one is about."""
@@ -773,170 +606,73 @@ class OpenAIResponses(Protocol):
             raise Refused(404, self.error(TROUBLES[404]._replace(message=message)))
         return call.memory[id]
 
-    def again(self, call: Call, after: int) -> Iterator[Event]:
-        for number, (kind, data) in enumerate(self.story(call)):
+    def after(self, call: Call, after: int) -> Iterator[Event]:
+        for number, (kind, type, data) in enumerate(self.story(call)):
             if number > after:
-                yield self.event(call, number, data, kind)
+                more = {**data, "sequence_number": number}
+                yield call.event("response." + type, kind, **more)
 
-    def event(self, call: Call, number: int, data: JSON, kind: str) -> Event:
-        return Event(call.sse(dict(data, sequence_number=number), data["type"]), kind)
-
-    def story(self, call: Call) -> Iterator[tuple[str, JSON]]:
-        """Yield the events without their numbers: kind and data."""
-        yield (
-            "start",
-            {
-                "type": "response.created",
-                "response": self.response(call, "in_progress"),
-            },
-        )
-        yield (
-            "other",
-            {
-                "type": "response.in_progress",
-                "response": self.response(call, "in_progress"),
-            },
-        )
+    def story(self, call: Call) -> Iterator[tuple[str, str, JSON]]:
+        """Yield the events without their numbers: kind, type and data."""
+        begun = self.response(call, "in_progress")
+        yield "start", "created", {"response": begun}
+        yield "other", "in_progress", {"response": begun}
         output = self.output(call)
         for index, item in enumerate(output):
-            yield (
-                "other",
-                {
-                    "type": "response.output_item.added",
-                    "output_index": index,
-                    "item": self.bare(item),
-                },
-            )
-            for kind, data in getattr(self, "tell_" + item["type"])(call, item):
-                yield kind, dict(data, item_id=item["id"], output_index=index)
-            yield (
-                "other",
-                {
-                    "type": "response.output_item.done",
-                    "output_index": index,
-                    "item": item,
-                },
-            )
-        yield (
-            "last",
-            {
-                "type": "response.completed",
-                "response": self.response(call, "completed", output),
-            },
-        )
+            item_type = item["type"]
+            bare = {**item, "status": "in_progress"}
+            for key in {"content", "summary", "arguments"} & set(item):
+                bare[key] = type(item[key])()
+            place = {"output_index": index}
+            yield "other", "output_item.added", {**place, "item": bare}
+            for kind, name, data in getattr(self, "tell_" + item_type)(call, item):
+                yield kind, name, {**data, "item_id": item["id"], **place}
+            yield "other", "output_item.done", {**place, "item": item}
+        done = self.response(call, "completed", output)
+        yield "last", "completed", {"response": done}
 
-    def bare(self, item: JSON) -> JSON:
-        """Return an item of the output as it is before its contents have come."""
-        return dict(
-            item,
-            status="in_progress",
-            **{
-                key: type(item[key])()
-                for key in ("content", "summary", "arguments")
-                if key in item
-            },
-        )
-
-    def tell_reasoning(self, call: Call, item: JSON) -> Iterator[tuple[str, JSON]]:
+    def tell_reasoning(self, call: Call, item: JSON) -> Iterator[tuple[str, str, JSON]]:
+        place, name = {"summary_index": 0}, "reasoning_summary_text"
         for piece in call.thoughts:
-            yield (
-                "delta",
-                {
-                    "type": "response.reasoning_summary_text.delta",
-                    "summary_index": 0,
-                    "delta": piece,
-                },
-            )
-        text = call.options.reasoning
-        yield (
-            "other",
-            {
-                "type": "response.reasoning_summary_text.done",
-                "summary_index": 0,
-                "text": text,
-            },
-        )
+            yield "delta", name + ".delta", {**place, "delta": piece}
+        yield "other", name + ".done", {**place, "text": call.options.reasoning}
 
-    def tell_message(self, call: Call, item: JSON) -> Iterator[tuple[str, JSON]]:
+    def tell_message(self, call: Call, item: JSON) -> Iterator[tuple[str, str, JSON]]:
+        place = {"content_index": 0}
         part: JSON = {"type": "output_text", "text": "", "annotations": []}
-        yield (
-            "other",
-            {"type": "response.content_part.added", "content_index": 0, "part": part},
-        )
+        yield "other", "content_part.added", {**place, "part": part}
         for piece in call.pieces:
-            yield (
-                "delta",
-                {
-                    "type": "response.output_text.delta",
-                    "content_index": 0,
-                    "delta": piece,
-                },
-            )
-        yield (
-            "other",
-            {
-                "type": "response.output_text.done",
-                "content_index": 0,
-                "text": call.text,
-            },
-        )
-        done = dict(part, text=call.text)
-        yield (
-            "other",
-            {"type": "response.content_part.done", "content_index": 0, "part": done},
-        )
+            yield "delta", "output_text.delta", {**place, "delta": piece}
+        yield "other", "output_text.done", {**place, "text": call.text}
+        part = {**part, "text": call.text}
+        yield "other", "content_part.done", {**place, "part": part}
 
-    def tell_function_call(self, call: Call, item: JSON) -> Iterator[tuple[str, JSON]]:
-        for piece in slices(item["arguments"], 8):
-            yield (
-                "delta",
-                {"type": "response.function_call_arguments.delta", "delta": piece},
-            )
-        yield (
-            "other",
-            {
-                "type": "response.function_call_arguments.done",
-                "arguments": item["arguments"],
-            },
-        )
+    def tell_function_call(
+        self, call: Call, item: JSON
+    ) -> Iterator[tuple[str, str, JSON]]:
+        name, arguments = "function_call_arguments", item["arguments"]
+        for piece in slices(arguments, 8):
+            yield "delta", name + ".delta", {"delta": piece}
+        yield "other", name + ".done", {"arguments": arguments}
 
     def output(self, call: Call) -> list[JSON]:
         items: list[JSON] = []
         if call.options.reasoning:
             summary = [{"type": "summary_text", "text": call.options.reasoning}]
-            items.append(
-                {"type": "reasoning", "id": call.id("rs_"), "summary": summary}
-            )
+            item = {"type": "reasoning", "id": call.id("rs_"), "summary": summary}
+            items.append(item)
         content = [{"type": "output_text", "text": call.text, "annotations": []}]
-        items.append(
-            {
-                "type": "message",
-                "id": call.id("msg_"),
-                "status": "completed",
-                "role": "assistant",
-                "content": content,
-            }
-        )
-        items += [
-            {
-                "type": "function_call",
-                "id": f"fc_{number}",
-                "status": "completed",
-                "call_id": id,
-                "name": name,
-                "arguments": "".join(pieces),
-            }
-            for number, id, name, pieces in call.tools
-        ]
+        message = {"type": "message", "id": call.id("msg_"), "status": "completed"}
+        items.append({**message, "role": "assistant", "content": content})
+        for tool in call.tools:
+            item = {"type": "function_call", "id": f"fc_{tool.number}"}
+            item.update(status="completed", call_id=tool.id, name=tool.name)
+            items.append({**item, "arguments": tool.arguments})
         return items
 
     def response(self, call: Call, status: str, output: Sequence[JSON] = ()) -> JSON:
         tokens = call.output_tokens
-        usage = (
-            {"input_tokens": 7, "output_tokens": tokens, "total_tokens": 7 + tokens}
-            if output
-            else None
-        )
+        usage = {"input_tokens": 7, "output_tokens": tokens, "total_tokens": 7 + tokens}
         return {
             "id": call.id("resp_"),
             "object": "response",
@@ -946,18 +682,12 @@ class OpenAIResponses(Protocol):
             "incomplete_details": None,
             "model": call.model,
             "output": list(output),
-            "usage": usage,
+            "usage": usage if output else None,
         }
 
     def delta(self, call: Call, text: str) -> Event:
-        data: JSON = {
-            "type": "response.output_text.delta",
-            "item_id": call.id("msg_"),
-            "output_index": 0,
-            "content_index": 0,
-            "delta": text,
-        }
-        return Event(call.sse(data, data["type"]), "delta")
+        place = {"item_id": call.id("msg_"), "output_index": 0, "content_index": 0}
+        return call.event("response.output_text.delta", "delta", **place, delta=text)
 
     def whole(self, call: Call) -> JSON:
         path = call.request.path
@@ -968,14 +698,9 @@ class OpenAIResponses(Protocol):
             call.memory[call.id("resp_")] = call
         return self.response(creator, "completed", self.output(creator))
 
-    def error_event(self, call: Call, trouble: Trouble, name: str = "") -> Event:
-        error = {
-            "type": "error",
-            "code": trouble.openai,
-            "message": trouble.message,
-            "param": None,
-        }
-        return Event(call.sse(error, "error"))
+    def error_event(self, call: Call, trouble: Trouble) -> Event:
+        code, message = trouble.openai, trouble.message
+        return call.event("error", code=code, message=message, param=None)
 
 
 class Anthropic(Protocol):
@@ -983,130 +708,84 @@ class Anthropic(Protocol):
     white space.
     """
 
-    name = "anthropic"
     path = "/messages"
-
-    def prefix(self, body: JSON, text: str) -> str:
-        return last_turn(body.get("messages"))
 
     def refuses(self, call: Call, prefix: str) -> str:
         if prefix and call.options.continuation == "refuse":
             return "Prefilling assistant messages is not supported for this model."
         if prefix != prefix.rstrip():
-            return (
-                "messages: final assistant content cannot end with trailing whitespace"
-            )
+            where = "messages: final assistant content"
+            return where + " cannot end with trailing whitespace"
         return ""
 
     def events(self, call: Call) -> Iterator[Event]:
-        message = dict(
-            self.message(call),
-            content=[],
-            stop_reason=None,
-            usage={"input_tokens": 7, "output_tokens": 1},
-        )
-        yield self.event(call, {"type": "message_start", "message": message}, "start")
-        for index, (start, deltas) in enumerate(self.blocks(call)):
-            yield self.event(
-                call,
-                {"type": "content_block_start", "index": index, "content_block": start},
-            )
+        message = self.message(call, [])
+        message.update(stop_reason=None, usage={"input_tokens": 7, "output_tokens": 1})
+        yield call.event("message_start", "start", message=message)
+        for index, (block, deltas) in enumerate(self.blocks(call)):
+            yield call.event("content_block_start", index=index, content_block=block)
             if not index:
-                yield self.event(call, {"type": "ping"})
+                yield call.event("ping")
             for delta in deltas:
-                yield self.event(
-                    call,
-                    {"type": "content_block_delta", "index": index, "delta": delta},
-                    "delta",
-                )
-            yield self.event(call, {"type": "content_block_stop", "index": index})
+                yield self.block_delta(call, index, **delta)
+            yield call.event("content_block_stop", index=index)
         delta = {"stop_reason": self.stop_reason(call), "stop_sequence": None}
         usage = {"output_tokens": call.output_tokens}
-        yield self.event(
-            call, {"type": "message_delta", "delta": delta, "usage": usage}, "finish"
-        )
-        yield self.event(call, {"type": "message_stop"}, "end")
+        yield call.event("message_delta", "finish", delta=delta, usage=usage)
+        yield call.event("message_stop", "end")
 
-    def event(self, call: Call, data: JSON, kind: str = "other") -> Event:
-        return Event(call.sse(data, data["type"]), kind)
-
-    def blocks(self, call: Call) -> Iterator[tuple[JSON, Iterator[JSON]]]:
+    def blocks(self, call: Call) -> Iterator[tuple[JSON, list[JSON]]]:
         """Yield the content blocks: how each starts, and its deltas."""
         if call.thoughts:
-            deltas: list[JSON] = [
-                {"type": "thinking_delta", "thinking": piece} for piece in call.thoughts
-            ]
-            signature = {"type": "signature_delta", "signature": "c2lnbmVk"}
-            yield (
-                {"type": "thinking", "thinking": "", "signature": ""},
-                iter([*deltas, signature]),
-            )
+            deltas = [{"type": "thinking_delta", "thinking": t} for t in call.thoughts]
+            deltas.append({"type": "signature_delta", "signature": "c2lnbmVk"})
+            yield {"type": "thinking", "thinking": "", "signature": ""}, deltas
         if call.pieces:
-            yield (
-                {"type": "text", "text": ""},
-                ({"type": "text_delta", "text": piece} for piece in call.pieces),
-            )
+            deltas = [{"type": "text_delta", "text": piece} for piece in call.pieces]
+            yield {"type": "text", "text": ""}, deltas
         for _, id, name, pieces in call.tools:
-            start = {"type": "tool_use", "id": id, "name": name, "input": {}}
-            yield (
-                start,
-                (
-                    {"type": "input_json_delta", "partial_json": piece}
-                    for piece in ["", *pieces]
-                ),
-            )
+            parts = ["", *pieces]
+            deltas = [{"type": "input_json_delta", "partial_json": p} for p in parts]
+            yield {"type": "tool_use", "id": id, "name": name, "input": {}}, deltas
+
+    def block_delta(self, call: Call, index: int, **delta: object) -> Event:
+        return call.event("content_block_delta", "delta", index=index, delta=delta)
 
     def stop_reason(self, call: Call) -> str:
         return "tool_use" if call.tools else "end_turn"
 
-    def message(self, call: Call) -> JSON:
+    def message(self, call: Call, content: list[JSON]) -> JSON:
         return {
             "id": call.id("msg_"),
             "type": "message",
             "role": "assistant",
             "model": call.model,
-            "content": [],
+            "content": content,
             "stop_reason": self.stop_reason(call),
             "stop_sequence": None,
             "usage": {"input_tokens": 7, "output_tokens": call.output_tokens},
         }
 
     def whole(self, call: Call) -> JSON:
-        content: list[JSON] = [{"type": "text", "text": call.text}]
+        content: list[JSON] = []
         if call.options.reasoning:
-            content.insert(
-                0,
-                {
-                    "type": "thinking",
-                    "thinking": call.options.reasoning,
-                    "signature": "c2lnbmVk",
-                },
-            )
-        content += [
-            {
-                "type": "tool_use",
-                "id": id,
-                "name": name,
-                "input": json.loads("".join(pieces) or "{}"),
-            }
-            for _, id, name, pieces in call.tools
-        ]
-        return dict(self.message(call), content=content)
+            thinking = {"type": "thinking", "thinking": call.options.reasoning}
+            content.append({**thinking, "signature": "c2lnbmVk"})
+        content.append({"type": "text", "text": call.text})
+        for tool in call.tools:
+            use = {"type": "tool_use", "id": tool.id, "name": tool.name}
+            content.append({**use, "input": tool.parsed})
+        return self.message(call, content)
 
     def delta(self, call: Call, text: str) -> Event:
-        delta = {"type": "text_delta", "text": text}
         index = 1 if call.options.reasoning else 0
-        return self.event(
-            call,
-            {"type": "content_block_delta", "index": index, "delta": delta},
-            "delta",
-        )
+        return self.block_delta(call, index, type="text_delta", text=text)
 
     def error(self, trouble: Trouble) -> JSON:
         error = {"type": trouble.anthropic, "message": trouble.message, "details": None}
         return {"type": "error", "error": error, "request_id": "req_1"}
 
-    def error_event(self, call: Call, trouble: Trouble, name: str = "") -> Event:
+    def error_event(self, call: Call, trouble: Trouble) -> Event:
         return Event(call.sse(self.error(trouble), "error"))
 
 
@@ -1115,75 +794,58 @@ class Ollama(Protocol):
     message is continued.
     """
 
-    name = "ollama"
     path = "/api/chat"
     media = "application/x-ndjson"
-
-    def prefix(self, body: JSON, text: str) -> str:
-        return last_turn(body.get("messages"))
 
     def wants_stream(self, request: Request) -> bool:
         return request.fields.get("stream") is not False
 
     def events(self, call: Call) -> Iterator[Event]:
         for piece in call.thoughts:
-            yield self.line(call, self.says("", piece), "delta")
+            yield self.line(call, "delta", self.says("", piece))
         for piece in call.pieces:
             yield self.delta(call, piece)
         if call.tools:
-            yield self.line(call, self.calls(call), "delta")
-        yield self.line(call, dict(self.says(""), **self.end(call)), "last")
+            yield self.line(call, "delta", self.calls(call))
+        yield self.line(call, "last", {**self.says(""), **self.end(call)})
 
     def says(self, text: str, thought: str = "") -> JSON:
-        thinking = {"thinking": thought} if thought else {}
-        return {"message": dict({"role": "assistant", "content": text}, **thinking)}
+        message = {"role": "assistant", "content": text}
+        return {"message": {**message, "thinking": thought} if thought else message}
 
     def calls(self, call: Call) -> JSON:
-        calls = [
-            {
-                "function": {
-                    "name": name,
-                    "arguments": json.loads("".join(pieces) or "{}"),
-                }
-            }
-            for _, _, name, pieces in call.tools
+        said = self.says("")
+        said["message"]["tool_calls"] = [
+            {"function": {"name": tool.name, "arguments": tool.parsed}}
+            for tool in call.tools
         ]
-        return {"message": {"role": "assistant", "content": "", "tool_calls": calls}}
+        return said
 
     def end(self, call: Call) -> JSON:
-        return {
-            "done": True,
-            "done_reason": "stop",
-            "prompt_eval_count": 7,
-            "eval_count": call.output_tokens,
-        }
+        counts = {"prompt_eval_count": 7, "eval_count": call.output_tokens}
+        return {"done": True, "done_reason": "stop", **counts}
 
-    def line(self, call: Call, data: JSON, kind: str) -> Event:
-        first = {"model": call.model, "created_at": "2023-11-14T22:13:20Z"}
-        eol = call.options.eol or self.eol
-        return Event(
-            (dumps({**first, "done": False, **data}) + eol).encode("utf-8"), kind
-        )
+    def first(self, call: Call) -> JSON:
+        return {"model": call.model, "created_at": "2023-11-14T22:13:20Z"}
+
+    def line(self, call: Call, kind: str, data: JSON) -> Event:
+        text = dumps({**self.first(call), "done": False, **data})
+        return Event((text + call.eol).encode("utf-8"), kind)
 
     def delta(self, call: Call, text: str) -> Event:
-        return self.line(call, self.says(text), "delta")
+        return self.line(call, "delta", self.says(text))
 
     def whole(self, call: Call) -> JSON:
-        parts: JSON = {"model": call.model, "created_at": "2023-11-14T22:13:20Z"}
-        parts.update(self.says(call.text, call.options.reasoning))
-        if call.tools and "message" in parts:
-            parts["message"]["tool_calls"] = self.calls(call)["message"]["tool_calls"]
-        return dict(parts, **self.end(call))
+        said = self.says(call.text, call.options.reasoning)
+        if call.tools and "message" in said:
+            said["message"]["tool_calls"] = self.calls(call)["message"]["tool_calls"]
+        return {**self.first(call), **said, **self.end(call)}
 
     def error(self, trouble: Trouble) -> JSON:
         return {"error": trouble.message}
 
-    def error_event(self, call: Call, trouble: Trouble, name: str = "") -> Event:
-        return Event(
-            (dumps(self.error(trouble)) + (call.options.eol or self.eol)).encode(
-                "utf-8"
-            )
-        )
+    def error_event(self, call: Call, trouble: Trouble) -> Event:
+        return Event((dumps(self.error(trouble)) + call.eol).encode("utf-8"))
 
 
 class OllamaGenerate(Ollama):
@@ -1191,16 +853,13 @@ class OllamaGenerate(Ollama):
     continued.
     """
 
-    name = "ollama-generate"
     path = "/api/generate"
 
     def prefix(self, body: JSON, text: str) -> str:
         return overlap(str(body.get("prompt") or ""), text)
 
     def says(self, text: str, thought: str = "") -> JSON:
-        return (
-            {"response": text, "thinking": thought} if thought else {"response": text}
-        )
+        return {"response": text, **({"thinking": thought} if thought else {})}
 
     def calls(self, call: Call) -> JSON:
         return {"response": ""}
@@ -1211,7 +870,6 @@ class Gemini(Protocol):
     is the only end marker.
     """
 
-    name = "gemini"
     path = "/models/[^/]+:(?:stream)?[gG]enerateContent"
     eol = "\r\n"
 
@@ -1242,15 +900,8 @@ class Gemini(Protocol):
         return "application/json" if self.is_array(request) else self.media
 
     def calls(self, call: Call) -> list[JSON]:
-        return [
-            {
-                "functionCall": {
-                    "name": name,
-                    "args": json.loads("".join(pieces) or "{}"),
-                }
-            }
-            for _, _, name, pieces in call.tools
-        ]
+        tools = call.tools
+        return [{"functionCall": {"name": t.name, "args": t.parsed}} for t in tools]
 
     def chunk(
         self, call: Call, parts: list[JSON], finish: str = "", kind: str = "delta"
@@ -1265,39 +916,23 @@ class Gemini(Protocol):
         candidate: JSON = {"content": {"parts": parts, "role": "model"}, "index": 0}
         if finish:
             candidate["finishReason"] = finish
-        usage = {
-            "promptTokenCount": 7,
-            "candidatesTokenCount": len(call.pieces),
-            "totalTokenCount": 7 + call.output_tokens,
-        }
-        return {
-            "candidates": [candidate],
-            "usageMetadata": usage,
-            "modelVersion": "flaky-1",
-            "responseId": call.id("answer-"),
-        }
+        usage = {"promptTokenCount": 7, "candidatesTokenCount": len(call.pieces)}
+        usage["totalTokenCount"] = 7 + call.output_tokens
+        answer = {"candidates": [candidate], "usageMetadata": usage}
+        return {**answer, "modelVersion": "flaky-1", "responseId": call.id("answer-")}
 
     def delta(self, call: Call, text: str) -> Event:
         return self.chunk(call, [{"text": text}])
 
     def whole(self, call: Call) -> JSON:
-        thoughts = (
-            [{"text": call.options.reasoning, "thought": True}]
-            if call.options.reasoning
-            else []
-        )
-        return self.answer(
-            call, [*thoughts, {"text": call.text}, *self.calls(call)], "STOP"
-        )
+        thought = call.options.reasoning
+        parts: list[JSON] = [{"text": thought, "thought": True}] if thought else []
+        parts += [{"text": call.text}, *self.calls(call)]
+        return self.answer(call, parts, "STOP")
 
     def error(self, trouble: Trouble) -> JSON:
-        return {
-            "error": {
-                "code": trouble.status,
-                "message": trouble.message,
-                "status": trouble.google,
-            }
-        }
+        error = {"code": trouble.status, "message": trouble.message}
+        return {"error": {**error, "status": trouble.google}}
 
 
 class Cohere(Protocol):
@@ -1305,101 +940,56 @@ class Cohere(Protocol):
     real one does not promise.
     """
 
-    name = "cohere"
     path = "/v2/chat"
 
-    def prefix(self, body: JSON, text: str) -> str:
-        return last_turn(body.get("messages"))
-
     def events(self, call: Call) -> Iterator[Event]:
-        start = {
-            "message": {
-                "role": "assistant",
-                "content": [],
-                "tool_calls": [],
-                "citations": [],
-            }
-        }
-        yield self.event(
-            call, "message-start", {"id": call.id("answer-"), "delta": start}, "start"
-        )
-        yield from self.content(call, 0, "thinking", call.thoughts)
-        yield from self.content(call, 1 if call.thoughts else 0, "text", call.pieces)
-        for number, id, name, pieces in call.tools:
-            yield from self.tool(call, number, id, name, pieces)
-        reason = "TOOL_CALL" if call.tools else "COMPLETE"
-        yield self.event(
-            call,
-            "message-end",
-            {"delta": {"finish_reason": reason, "usage": self.usage(call)}},
-            "finish",
-        )
+        message: JSON = {"role": "assistant", "content": [], "tool_calls": []}
+        message["citations"] = []
+        begun = {"id": call.id("answer-"), "delta": {"message": message}}
+        yield call.event("message-start", "start", **begun)
+        blocks = [("thinking", call.thoughts), ("text", call.pieces)]
+        for index, (key, pieces) in enumerate(block for block in blocks if block[1]):
+            empty = {"type": key, key: ""}
+            yield self.says(call, "content-start", index, content=empty)
+            for piece in pieces:
+                yield self.says(call, "content-delta", index, content={key: piece})
+            yield call.event("content-end", index=index)
+        for tool in call.tools:
+            index, begun = tool.number, tool.function("")
+            yield self.says(call, "tool-call-start", index, tool_calls=begun)
+            for piece in tool.pieces:
+                more = {"function": {"arguments": piece}}
+                yield self.says(call, "tool-call-delta", index, tool_calls=more)
+            yield call.event("tool-call-end", index=index)
+        end = {"finish_reason": self.reason(call), "usage": self.usage(call)}
+        yield call.event("message-end", "finish", delta=end)
         yield Event(call.sse("[DONE]"), "end")
 
-    def content(
-        self, call: Call, index: int, key: str, pieces: Sequence[str]
-    ) -> Iterator[Event]:
-        """Yield one block of content: thinking or text."""
-        if pieces:
-            start = {"message": {"content": {"type": key, key: ""}}}
-            yield self.event(call, "content-start", {"index": index, "delta": start})
-            for piece in pieces:
-                delta = {"message": {"content": {key: piece}}}
-                yield self.event(
-                    call, "content-delta", {"index": index, "delta": delta}, "delta"
-                )
-            yield self.event(call, "content-end", {"index": index})
+    def says(self, call: Call, type: str, index: int, **message: object) -> Event:
+        kind = "delta" if type.endswith("-delta") else "other"
+        return call.event(type, kind, index=index, delta={"message": message})
 
-    def tool(
-        self, call: Call, index: int, id: str, name: str, pieces: Sequence[str]
-    ) -> Iterator[Event]:
-        start = {
-            "id": id,
-            "type": "function",
-            "function": {"name": name, "arguments": ""},
-        }
-        yield self.event(
-            call,
-            "tool-call-start",
-            {"index": index, "delta": {"message": {"tool_calls": start}}},
-        )
-        for piece in pieces:
-            delta = {"message": {"tool_calls": {"function": {"arguments": piece}}}}
-            yield self.event(
-                call, "tool-call-delta", {"index": index, "delta": delta}, "delta"
-            )
-        yield self.event(call, "tool-call-end", {"index": index})
-
-    def event(self, call: Call, type: str, data: JSON, kind: str = "other") -> Event:
-        return Event(call.sse({"type": type, **data}, type), kind)
+    def reason(self, call: Call) -> str:
+        return "TOOL_CALL" if call.tools else "COMPLETE"
 
     def usage(self, call: Call) -> JSON:
+        count = {"output_tokens": call.output_tokens}
         return {
-            "billed_units": {"input_tokens": 3, "output_tokens": call.output_tokens},
-            "tokens": {"input_tokens": 7, "output_tokens": call.output_tokens},
+            "billed_units": {"input_tokens": 3, **count},
+            "tokens": {"input_tokens": 7, **count},
         }
 
     def delta(self, call: Call, text: str) -> Event:
-        data = {"index": 0, "delta": {"message": {"content": {"text": text}}}}
-        return self.event(call, "content-delta", data, "delta")
+        return self.says(call, "content-delta", 0, content={"text": text})
 
     def whole(self, call: Call) -> JSON:
-        message: JSON = {
-            "role": "assistant",
-            "content": [{"type": "text", "text": call.text}],
-        }
+        content = [{"type": "text", "text": call.text}]
+        message: JSON = {"role": "assistant", "content": content}
         if call.tools:
-            message["tool_calls"] = [
-                {
-                    "id": id,
-                    "type": "function",
-                    "function": {"name": name, "arguments": "".join(p)},
-                }
-                for _, id, name, p in call.tools
-            ]
+            message["tool_calls"] = [t.function(t.arguments) for t in call.tools]
         return {
             "id": call.id("answer-"),
-            "finish_reason": "TOOL_CALL" if call.tools else "COMPLETE",
+            "finish_reason": self.reason(call),
             "message": message,
             "usage": self.usage(call),
         }
@@ -1407,15 +997,10 @@ class Cohere(Protocol):
     def error(self, trouble: Trouble) -> JSON:
         return {"id": "error-1", "message": trouble.message}
 
-    def error_event(self, call: Call, trouble: Trouble, name: str = "") -> Event:
-        delta = {
-            "finish_reason": "ERROR",
-            "error": trouble.message,
-            "error_type": trouble.openai,
-            "usage": {},
-        }
-        error = self.event(call, "message-end", {"delta": delta})
-        return Event(error.data + call.sse("[DONE]"))
+    def error_event(self, call: Call, trouble: Trouble) -> Event:
+        error = {"error": trouble.message, "error_type": trouble.openai, "usage": {}}
+        end = call.event("message-end", delta={"finish_reason": "ERROR", **error})
+        return Event(end.data + call.sse("[DONE]"))
 
 
 class TextGeneration(Protocol):
@@ -1423,7 +1008,6 @@ class TextGeneration(Protocol):
     space after ``data:``.
     """
 
-    name = "tgi"
     path = "/generate_stream|/generate"
 
     def prefix(self, body: JSON, text: str) -> str:
@@ -1435,44 +1019,24 @@ class TextGeneration(Protocol):
     def events(self, call: Call) -> Iterator[Event]:
         for piece in call.pieces:
             yield self.delta(call, piece)
-        yield self.token(
-            call,
-            "</s>",
-            "last",
-            special=True,
-            generated_text=call.text,
-            details=self.details(call),
-        )
+        yield self.token(call, "</s>", "last", **self.whole(call))
 
-    def token(
-        self, call: Call, text: str, kind: str, special: bool = False, **more: object
-    ) -> Event:
-        number = next(call.counter)
+    def token(self, call: Call, text: str, kind: str, **more: object) -> Event:
+        number, special = next(call.counter), kind == "last"
         token = {"id": number, "text": text, "logprob": -0.5, "special": special}
-        data = {
-            "index": number + 1,
-            "token": token,
-            "generated_text": None,
-            "details": None,
-            **more,
-        }
+        data = {"index": number + 1, "token": token}
+        data.update({"generated_text": None, "details": None, **more})
         return Event(call.sse(data).replace(b"data: ", b"data:", 1), kind)
-
-    def details(self, call: Call) -> JSON | None:
-        if not (call.request.fields.get("parameters") or {}).get("details"):
-            return None
-        return {
-            "finish_reason": "eos_token",
-            "generated_tokens": call.output_tokens,
-            "input_length": 7,
-            "seed": None,
-        }
 
     def delta(self, call: Call, text: str) -> Event:
         return self.token(call, text, "delta")
 
     def whole(self, call: Call) -> JSON:
-        return {"generated_text": call.text, "details": self.details(call)}
+        details: JSON | None = None
+        if (call.request.fields.get("parameters") or {}).get("details"):
+            counts = {"generated_tokens": call.output_tokens, "input_length": 7}
+            details = {"finish_reason": "eos_token", **counts, "seed": None}
+        return {"generated_text": call.text, "details": details}
 
     def error(self, trouble: Trouble) -> JSON:
         kind = "overloaded" if trouble.status >= 429 else "validation"
@@ -1486,9 +1050,11 @@ class PlainEvents(Protocol):
     again after the last one gets 204, which means: come no more.
     """
 
-    name = "events"
     path = "/events"
     methods = ("GET", "POST")
+
+    def prefix(self, body: JSON, text: str) -> str:
+        return ""
 
     def wants_stream(self, request: Request) -> bool:
         return True
@@ -1501,11 +1067,9 @@ class PlainEvents(Protocol):
         return self.after(call, seen)
 
     def after(self, call: Call, seen: int) -> Iterator[Event]:
-        eol = call.options.eol or self.eol
-        if call.options.reconnection_ms is not None:
-            yield Event(
-                f"retry: {call.options.reconnection_ms}{eol}{eol}".encode(), "start"
-            )
+        wait = call.options.reconnection_ms
+        if wait is not None:
+            yield Event(f"retry: {wait}{call.eol * 2}".encode(), "start")
         for number, piece in enumerate(call.pieces[seen:], seen + 1):
             yield Event(call.sse(piece, id=str(number)), "delta")
 
@@ -1516,7 +1080,7 @@ class PlainEvents(Protocol):
         return Event(call.sse(text), "delta")
 
 
-class Nothing(Protocol):
+class Nothing(PlainEvents):
     """What is found at any other path."""
 
     def wants_stream(self, request: Request) -> bool:
@@ -1559,92 +1123,108 @@ class Answer:
 
     def plain(self, status: int, body: bytes, media: str) -> None:
         """Become an ordinary answer with a length."""
-        self.status, self.steps, self.framing = (
-            status,
-            [Event(body)] if body else [],
-            "length",
-        )
+        self.status, self.framing = status, "length"
+        self.steps = [Event(body)] if body else []
         self.headers["Content-Type"] = media
 
     def json(self, status: int, body: object) -> None:
         data = b"" if body is None else dumps(body).encode("utf-8")
         self.plain(status, data, "application/json")
 
-    def flood(self, steps: Steps) -> None:
-        """Become an answer of *steps* that never end."""
-        self.steps, self.endless = steps, True
+    def flood(self, first: Steps, rest: Steps) -> None:
+        """Become an answer that never ends: the *rest* again and again."""
+        self.steps = itertools.chain(first, itertools.cycle(rest))
+        self.endless = True
+
+    def begin(self, head: Callable[[bytes], Steps]) -> None:
+        """Begin with what *head* makes of the header block."""
+        self.head = head
+
+    def line(self, text: str) -> Event:
+        """Return a line of the body as it is, with the line end of the protocol, and
+        another one in an event stream.
+        """
+        eol = self.call.eol
+        ending = eol * 2 if self.is_sse else eol
+        return Event((text.replace("\n", eol) + ending).encode("utf-8"))
+
+    def comment(self) -> Event:
+        """Return a keep-alive: a comment, or an empty line where the protocol has no
+        comments.
+        """
+        return self.line(": ping" if self.is_sse else "")
+
+    def delta(self, text: str) -> bytes:
+        return self.call.protocol.delta(self.call, text).data
+
+    def error(self, trouble: Trouble) -> Event:
+        return self.call.protocol.error_event(self.call, trouble)
 
 
-class Fault(NamedTuple):
-    """One row of the table of faults."""
-
-    usage: str
-    apply: FaultFunction
-    convert: Callable[[str], Argument]
-    default: Argument
-
-
-FAULTS: dict[str, Fault] = {}
-
-
-def fault(
-    usage: str,
-    convert: Callable[[str], Argument] = int,
-    default: Argument = None,
-) -> Callable[[FaultFunction], FaultFunction]:
-    """Enter a function in the table of faults under ``name`` or ``name:ARGUMENT``;
-    without *default*, it is needed.
-    """
-
-    def enter(function: FaultFunction) -> FaultFunction:
-        FAULTS[usage.partition(":")[0]] = Fault(usage, function, convert, default)
-        return function
-
-    return enter
-
-
-def fault_table() -> str:
-    """Return the table of faults in reStructuredText."""
-    first = max(len(row.usage) for row in FAULTS.values())
-    second = 87 - first
-    rule = "=" * first + " " + "=" * second
-    lines = [rule]
-    for row in FAULTS.values():
-        text = textwrap.wrap(" ".join((row.apply.__doc__ or "").split()), second)
-        names = [row.usage, *[""] * (len(text) - 1)]
-        lines += [f"{name:{first}} {part}" for name, part in zip(names, text)]
-    return "\n".join([*lines, rule])
-
-
-def parse_fault(text: str) -> Callable[[Answer], None]:
-    """Compile ``name:argument+name:argument`` to one function; unknown names and bad
-    arguments are ValueErrors.
-    """
-    parts = [compile_fault(part) for part in re.split(r"\+(?=[a-z])", text)]
-
-    def apply(answer: Answer) -> None:
-        for function, argument in parts:
-            function(answer, argument)
-
-    return apply
-
-
-def compile_fault(text: str) -> tuple[FaultFunction, Argument]:
-    name, colon, argument = text.strip().partition(":")
-    if name not in FAULTS:
-        raise ValueError(
-            "unknown fault {!r}, known are: {}".format(name, " ".join(FAULTS))
-        )
-    row = FAULTS[name]
-    if colon and ":" not in row.usage:
-        raise ValueError(f"fault {name!r} takes no argument")
-    if not colon and ":" in row.usage and row.default is None:
-        raise ValueError(f"fault {name!r} needs an argument: {row.usage}")
-    try:
-        return row.apply, row.convert(argument) if colon else row.default
-    except ValueError:
-        raise ValueError(f"bad argument in {text!r}, wanted is {row.usage}") from None
-
+TABLE = """
+==================== ===================================================================
+ok                   The good answer.
+drop:N               FIN after N bytes of the body, at the end of a chunk.
+drop-event:N         FIN after N events.
+drop-chunk:N         FIN after N bytes, within a chunk that announced more.
+reset:N              RST after N bytes of the body.
+reset-event:N        RST after N events.
+end:N                The framing ends properly after N bytes: a truncation that HTTP
+                     does not show.
+end-event:N          The framing ends properly after N events.
+bad-chunk:N          After N events the length of a chunk is no number; then FIN.
+stall:N              N bytes of the body, then silence until the client leaves.
+stall-event:N        N events, then silence until the client leaves.
+slow-first:SECONDS   Headers at once, the body after SECONDS.
+drip:SECONDS         One byte per write, SECONDS apart.
+pings:N              N comments before each event (empty lines in NDJSON).
+ping-forever:N       After N events only comments, every 20 ms, without end.
+drip-forever:N       After N events one byte of an unfinished comment line every 20 ms
+                     (of white space in NDJSON).
+empty-deltas:N       After N events deltas with an empty text every 20 ms, without end.
+no-done              All but the end marker.
+no-finish            All but the finish reason.
+finish-then-stall    Silence right after the finish reason.
+finish-then-reset    RST right after the finish reason.
+finish-then-error    An error event right after the finish reason, then the end.
+done-then-open       The whole answer, but neither the framing nor the connection ends.
+error-event:N        After N events the protocol's error event (overloaded), then the
+                     end.
+error-event-done:N   The same, then ``data: [DONE]`` and the end.
+fatal-error:N        After N events the same for an invalid request, then the end.
+named-error:N        After N events an ``event: error`` with the error, as Groq sends
+                     it, then the end.
+stray-error:N        After N events a field ``error: {...}`` (old llama.cpp), then the
+                     end.
+bare-error:N         After N events a JSON error over several lines without ``data:``,
+                     as Google sends it, then the end.
+malformed:N          After N events a delta whose JSON is broken off, and the good
+                     answer goes on.
+garbage:N            After N events a harmless line of data that is no JSON, and the
+                     good answer goes on.
+different            Quite another text; to be written before other faults.
+status:CODE          An HTTP error, with headers: ``status:429:retry-after=2``.
+quota                A 429 that no waiting cures: ``insufficient_quota``.
+html:CODE            The error page of a proxy with this status.
+json                 200 with the whole answer as ``application/json``, as from a server
+                     that ignores ``stream``.
+json-error           200 with an error as ``application/json``.
+empty                200 and a stream without a byte.
+redirect:URL         307 to this URL.
+refuse               The connection is closed without a byte.
+no-http              Something that is not HTTP, then FIN.
+header-cut           FIN within the header block.
+headers-stall        Half of the header block, then silence until the client leaves.
+headers-drip:SECONDS The header block byte by byte, SECONDS apart; then the good answer.
+endless-line         One line of data that never ends, as fast as it is read.
+endless-event        One event without end: lines, never a blank one (empty NDJSON
+                     objects).
+endless-answer       Good deltas of text that never end, as fast as they are read.
+empty-events         A flood of blank lines and of events without data.
+bomb                 An endless line, a thousand times larger than what is sent, by
+                     gzip.
+==================== ===================================================================
+"""
 
 # Parts of a body
 
@@ -1686,310 +1266,100 @@ def to_finish(steps: Steps) -> Iterator[Step]:
 
 def without(steps: Steps, *kinds: str) -> Iterator[Step]:
     """Leave out the events of some *kinds*."""
-    return (
-        step for step in steps if not (isinstance(step, Event) and step.kind in kinds)
-    )
+    return (s for s in steps if not (isinstance(s, Event) and s.kind in kinds))
 
 
-def inserted(answer: Answer, count: int, *steps: Step) -> None:
-    """Put *steps* after the first *count* events."""
+def cut(answer: Answer, count: int, *steps: Step) -> Steps:
+    """Return the first *count* bytes, then *steps*."""
+    return itertools.chain(first_bytes(answer.steps, count), steps)
+
+
+def cut_event(answer: Answer, count: int, *steps: Step) -> Steps:
+    """Return the first *count* events, then *steps*."""
+    return itertools.chain(first_events(answer.steps, count), steps)
+
+
+def cut_finish(answer: Answer, *steps: Step) -> Steps:
+    """Return all up to the finish reason, then *steps*."""
+    return itertools.chain(to_finish(answer.steps), steps)
+
+
+def inserted(answer: Answer, count: int, *steps: Step) -> Steps:
+    """Return the body with *steps* after the first *count* events."""
     rest = iter(answer.steps)
-    answer.steps = itertools.chain(first_events(rest, count), steps, rest)
+    return itertools.chain(first_events(rest, count), steps, rest)
 
 
-def cut(answer: Answer, count: int, *steps: Step) -> None:
-    """Put *steps* in the place of all that follows the first *count* events."""
-    answer.steps = itertools.chain(first_events(answer.steps, count), steps)
+def for_ever(answer: Answer, count: int, data: bytes) -> None:
+    """After *count* events, only these bytes again and again."""
+    answer.flood(first_events(answer.steps, count), [Pause(TICK), Event(data)])
 
 
-def for_ever(answer: Answer, count: int, event: Event) -> None:
-    """After *count* events, only this *event* again and again."""
-    answer.flood(
-        itertools.chain(
-            first_events(answer.steps, count), itertools.cycle([Pause(TICK), event])
-        )
-    )
+# Faults of more than a line
 
 
-def line(answer: Answer, text: str) -> Event:
-    """Return a line of the body as it is, with the line end of the protocol, and
-    another one in an event stream.
-    """
-    call = answer.call
-    eol = call.options.eol or call.protocol.eol
-    ending = eol + eol if answer.is_sse else eol
-    return Event((text.replace("\n", eol) + ending).encode("utf-8"))
+def drop_chunk(answer: Answer, count: int) -> Steps:
+    torn = b"40\r\ndata: " if answer.framing == "chunked" else b"data: "
+    return cut(answer, count, Raw(torn), DROP)
 
 
-def comment(answer: Answer, text: str = ": ping") -> Event:
-    """Return a keep-alive: a comment, or an empty line where the protocol has no
-    comments.
-    """
-    return line(answer, text if answer.is_sse else "")
+def dripped(steps: Steps, seconds: float) -> Iterator[Step]:
+    for step in steps:
+        if not isinstance(step, Event):
+            yield step
+            continue
+        for byte in step.data:
+            yield Event(bytes([byte]))
+            yield Pause(seconds)
 
 
-# Cuts
+def pinged(steps: Steps, pings: list[Event]) -> Iterator[Step]:
+    for step in steps:
+        if isinstance(step, Event):
+            yield from pings
+        yield step
 
 
-@fault("ok")
-def ok(answer: Answer, _: Argument) -> None:
-    """The good answer."""
-
-
-@fault("drop:N", default=BYTES)
-def drop(answer: Answer, count: int) -> None:
-    """FIN after N bytes of the body, at the end of a chunk."""
-    answer.steps = itertools.chain(first_bytes(answer.steps, count), [Stop("drop")])
-
-
-@fault("drop-event:N", default=EVENTS)
-def drop_event(answer: Answer, count: int) -> None:
-    """FIN after N events."""
-    cut(answer, count, Stop("drop"))
-
-
-@fault("drop-chunk:N", default=BYTES)
-def drop_chunk(answer: Answer, count: int) -> None:
-    """FIN after N bytes, within a chunk that announced more."""
-    torn = Raw(b"40\r\ndata: ") if answer.framing == "chunked" else Raw(b"data: ")
-    answer.steps = itertools.chain(
-        first_bytes(answer.steps, count), [torn, Stop("drop")]
-    )
-
-
-@fault("reset:N", default=BYTES)
-def reset(answer: Answer, count: int) -> None:
-    """RST after N bytes of the body."""
-    answer.steps = itertools.chain(first_bytes(answer.steps, count), [Stop("reset")])
-
-
-@fault("reset-event:N", default=EVENTS)
-def reset_event(answer: Answer, count: int) -> None:
-    """RST after N events."""
-    cut(answer, count, Stop("reset"))
-
-
-@fault("end:N", default=BYTES)
-def end(answer: Answer, count: int) -> None:
-    """The framing ends properly after N bytes: a truncation that HTTP does not show."""
-    answer.steps = first_bytes(answer.steps, count)
-
-
-@fault("end-event:N", default=EVENTS)
-def end_event(answer: Answer, count: int) -> None:
-    """The framing ends properly after N events."""
-    cut(answer, count)
-
-
-@fault("bad-chunk:N", default=EVENTS)
-def bad_chunk(answer: Answer, count: int) -> None:
-    """After N events the length of a chunk is no number; then FIN."""
-    cut(answer, count, Raw(b"what?\r\n"), Stop("drop"))
-
-
-# Silence and noise
-
-
-@fault("stall:N", default=BYTES)
-def stall(answer: Answer, count: int) -> None:
-    """N bytes of the body, then silence until the client leaves."""
-    answer.steps = itertools.chain(first_bytes(answer.steps, count), [Stop("stall")])
-
-
-@fault("stall-event:N", default=EVENTS)
-def stall_event(answer: Answer, count: int) -> None:
-    """N events, then silence until the client leaves."""
-    cut(answer, count, Stop("stall"))
-
-
-@fault("slow-first:SECONDS", float)
-def slow_first(answer: Answer, seconds: float) -> None:
-    """Headers at once, the body after SECONDS."""
-    answer.steps = itertools.chain([Pause(seconds)], answer.steps)
-
-
-@fault("drip:SECONDS", float, 0.001)
-def drip(answer: Answer, seconds: float) -> None:
-    """One byte per write, SECONDS apart."""
-
-    def drops(steps: Steps) -> Iterator[Step]:
-        for step in steps:
-            if not isinstance(step, Event):
-                yield step
-                continue
-            for byte in step.data:
-                yield Event(bytes([byte]))
-                yield Pause(seconds)
-
-    answer.steps = drops(answer.steps)
-
-
-@fault("pings:N", default=1)
-def pings(answer: Answer, count: int) -> None:
-    """N comments before each event (empty lines in NDJSON)."""
-    pair = [comment(answer)] * count
-    answer.steps = (
-        part
-        for step in answer.steps
-        for part in ([*pair, step] if isinstance(step, Event) else [step])
-    )
-
-
-@fault("ping-forever:N", default=EVENTS)
-def ping_forever(answer: Answer, count: int) -> None:
-    """After N events only comments, every 20 ms, without end."""
-    for_ever(answer, count, comment(answer))
-
-
-@fault("drip-forever:N", default=EVENTS)
 def drip_forever(answer: Answer, count: int) -> None:
-    """After N events one byte of an unfinished comment line every 20 ms (of white space
-    in NDJSON).
-    """
     start, byte = (b":", b"-") if answer.is_sse else (b"", b" ")
-    inserted(answer, count, Event(start))
-    for_ever(answer, count + 1, Event(byte))
+    answer.steps = inserted(answer, count, Event(start))
+    for_ever(answer, count + 1, byte)
 
 
-@fault("empty-deltas:N", default=EVENTS)
-def empty_deltas(answer: Answer, count: int) -> None:
-    """After N events deltas with an empty text every 20 ms, without end."""
-    for_ever(
-        answer,
-        count,
-        Event(answer.call.protocol.delta(answer.call, "").data),
-    )
+def error_event_done(answer: Answer, count: int) -> Steps:
+    done = answer.line("data: [DONE]")
+    return cut_event(answer, count, answer.error(OVERLOADED), done)
 
 
-# The end
+def named_error(answer: Answer, count: int) -> Steps:
+    error = answer.call.protocol.error(OVERLOADED)
+    return cut_event(answer, count, Event(answer.call.sse(error, "error")))
 
 
-@fault("no-done")
-def no_done(answer: Answer, _: Argument) -> None:
-    """All but the end marker."""
-    answer.steps = without(answer.steps, "end", "last")
+def stray_error(answer: Answer, count: int) -> Steps:
+    error = {"code": 500, "message": OVERLOADED.message, "type": "server_error"}
+    return cut_event(answer, count, answer.line("error: " + dumps(error)))
 
 
-@fault("no-finish")
-def no_finish(answer: Answer, _: Argument) -> None:
-    """All but the finish reason."""
-    answer.steps = without(answer.steps, "finish", "last")
+def bare_error(answer: Answer, count: int) -> Steps:
+    error = {"code": 503, "message": "The model is overloaded."}
+    body = {"error": {**error, "status": "UNAVAILABLE"}}
+    return cut_event(answer, count, answer.line(json.dumps(body, indent=2)))
 
 
-@fault("finish-then-stall")
-def finish_then_stall(answer: Answer, _: Argument) -> None:
-    """Silence right after the finish reason."""
-    answer.steps = itertools.chain(to_finish(answer.steps), [Stop("stall")])
+def malformed(answer: Answer, count: int) -> Steps:
+    torn = answer.delta("lost in the noise").decode("utf-8").rstrip()[:-8]
+    return inserted(answer, count, answer.line(torn))
 
 
-@fault("finish-then-reset")
-def finish_then_reset(answer: Answer, _: Argument) -> None:
-    """RST right after the finish reason."""
-    answer.steps = itertools.chain(to_finish(answer.steps), [Stop("reset")])
+def garbage(answer: Answer, count: int) -> Steps:
+    return inserted(answer, count, answer.line("data: hello from the proxy"))
 
 
-@fault("finish-then-error")
-def finish_then_error(answer: Answer, _: Argument) -> None:
-    """An error event right after the finish reason, then the end."""
-    error = answer.call.protocol.error_event(answer.call, OVERLOADED)
-    answer.steps = itertools.chain(to_finish(answer.steps), [error])
-
-
-@fault("done-then-open")
-def done_then_open(answer: Answer, _: Argument) -> None:
-    """The whole answer, but neither the framing nor the connection ends."""
-    answer.steps = itertools.chain(answer.steps, [Stop("stall")])
-
-
-# Errors in the stream
-
-
-@fault("error-event:N", default=EVENTS)
-def error_event(answer: Answer, count: int) -> None:
-    """After N events the protocol's error event (overloaded), then the end."""
-    cut(answer, count, answer.call.protocol.error_event(answer.call, OVERLOADED))
-
-
-@fault("error-event-done:N", default=EVENTS)
-def error_event_done(answer: Answer, count: int) -> None:
-    """The same, then ``data: [DONE]`` and the end."""
-    cut(
-        answer,
-        count,
-        answer.call.protocol.error_event(answer.call, OVERLOADED),
-        line(answer, "data: [DONE]"),
-    )
-
-
-@fault("fatal-error:N", default=EVENTS)
-def fatal_error(answer: Answer, count: int) -> None:
-    """After N events the same for an invalid request, then the end."""
-    cut(answer, count, answer.call.protocol.error_event(answer.call, INVALID))
-
-
-@fault("named-error:N", default=EVENTS)
-def named_error(answer: Answer, count: int) -> None:
-    """After N events an ``event: error`` with the error, as Groq sends it, then the
-    end.
-    """
-    cut(
-        answer,
-        count,
-        Event(answer.call.sse(answer.call.protocol.error(OVERLOADED), "error")),
-    )
-
-
-@fault("stray-error:N", default=EVENTS)
-def stray_error(answer: Answer, count: int) -> None:
-    """After N events a field ``error: {...}`` (old llama.cpp), then the end."""
-    error = {
-        "code": 500,
-        "message": "The server is overloaded, try again.",
-        "type": "server_error",
-    }
-    cut(answer, count, line(answer, "error: " + dumps(error)))
-
-
-@fault("bare-error:N", default=EVENTS)
-def bare_error(answer: Answer, count: int) -> None:
-    """After N events a JSON error over several lines without ``data:``, as Google sends
-    it, then the end.
-    """
-    error = {
-        "error": {
-            "code": 503,
-            "message": "The model is overloaded.",
-            "status": "UNAVAILABLE",
-        }
-    }
-    cut(answer, count, line(answer, json.dumps(error, indent=2)))
-
-
-@fault("malformed:N", default=EVENTS)
-def malformed(answer: Answer, count: int) -> None:
-    """After N events a delta whose JSON is broken off, and the good answer goes on."""
-    torn = answer.call.protocol.delta(answer.call, "lost in the noise").data
-    inserted(answer, count, line(answer, torn.decode("utf-8").rstrip()[:-8]))
-
-
-@fault("garbage:N", default=EVENTS)
-def garbage(answer: Answer, count: int) -> None:
-    """After N events a harmless line of data that is no JSON, and the good answer goes
-    on.
-    """
-    inserted(answer, count, line(answer, "data: hello from the proxy"))
-
-
-@fault("different")
-def different(answer: Answer, _: Argument) -> None:
-    """Quite another text; to be written before other faults."""
+def different(answer: Answer, _: Argument) -> Steps:
     call = answer.call
-    answer.steps = call.protocol.events(
-        call.restart("Quite another story: " + call.options.text.swapcase())
-    )
-
-
-# Other answers than a stream
+    other = "Quite another story: " + call.options.text.swapcase()
+    return call.protocol.events(call.restart(other))
 
 
 def parse_status(text: str) -> tuple[int, dict[str, str]]:
@@ -1998,133 +1368,166 @@ def parse_status(text: str) -> tuple[int, dict[str, str]]:
     return int(code), dict(header.partition("=")[::2] for header in headers)
 
 
-@fault("status:CODE", parse_status)
 def status(answer: Answer, argument: tuple[int, dict[str, str]]) -> None:
-    """An HTTP error, with headers: ``status:429:retry-after=2``."""
     code, headers = argument
     answer.json(code, answer.call.protocol.error(trouble_of(code)))
     answer.headers.update(headers)
 
 
-@fault("quota")
-def quota(answer: Answer, _: Argument) -> None:
-    """A 429 that no waiting cures: ``insufficient_quota``."""
-    answer.json(429, answer.call.protocol.error(QUOTA))
-
-
-@fault("html:CODE", default=502)
 def html(answer: Answer, code: int) -> None:
-    """The error page of a proxy with this status."""
     title = "{} {}".format(code, REASONS.get(code, "Unknown"))
     head = f"<html>\n<head><title>{title}</title></head>\n"
     page = head + f"<body><h1>{title}</h1><hr>proxy</body>\n</html>\n"
     answer.plain(code, page.encode("utf-8"), "text/html; charset=utf-8")
 
 
-@fault("json")
-def whole_json(answer: Answer, _: Argument) -> None:
-    """200 with the whole answer as ``application/json``, as from a server that ignores
-    ``stream``.
-    """
-    answer.json(200, answer.call.protocol.whole(answer.call))
-
-
-@fault("json-error")
-def json_error(answer: Answer, _: Argument) -> None:
-    """200 with an error as ``application/json``."""
-    answer.json(200, answer.call.protocol.error(OVERLOADED))
-
-
-@fault("empty")
-def empty(answer: Answer, _: Argument) -> None:
-    """200 and a stream without a byte."""
-    answer.steps = []
-
-
-@fault("redirect:URL", str)
 def redirect(answer: Answer, url: str) -> None:
-    """307 to this URL."""
     answer.plain(307, b"", "text/plain")
     answer.headers["Location"] = url
 
 
-# No answer, or no HTTP
+def half(head: bytes) -> Step:
+    return Raw(head[: len(head) // 2])
 
 
-@fault("refuse")
-def refuse(answer: Answer, _: Argument) -> None:
-    """The connection is closed without a byte."""
-    answer.head = lambda head: [Stop("drop")]
-
-
-@fault("no-http")
-def no_http(answer: Answer, _: Argument) -> None:
-    """Something that is not HTTP, then FIN."""
-    answer.head = lambda head: [
-        Raw(b"220 mail.example.org ESMTP ready\r\n"),
-        Stop("drop"),
-    ]
-
-
-@fault("header-cut")
-def header_cut(answer: Answer, _: Argument) -> None:
-    """FIN within the header block."""
-    answer.head = lambda head: [Raw(head[: len(head) // 2]), Stop("drop")]
-
-
-@fault("headers-stall")
-def headers_stall(answer: Answer, _: Argument) -> None:
-    """Half of the header block, then silence until the client leaves."""
-    answer.head = lambda head: [Raw(head[: len(head) // 2]), Stop("stall")]
-
-
-@fault("headers-drip:SECONDS", float, 0.05)
 def headers_drip(answer: Answer, seconds: float) -> None:
-    """The header block byte by byte, SECONDS apart; then the good answer."""
-    answer.head = lambda head: (
-        step for byte in head for step in (Raw(bytes([byte])), Pause(seconds))
-    )
+    def drops(head: bytes) -> Steps:
+        for byte in head:
+            yield Raw(bytes([byte]))
+            yield Pause(seconds)
+
+    answer.begin(drops)
 
 
-# Without end
-
-
-@fault("endless-line")
-def endless_line(answer: Answer, _: Argument) -> None:
-    """One line of data that never ends, as fast as it is read."""
-    answer.flood(
-        itertools.chain([Event(b"data: ")], itertools.repeat(Event(b"a" * 65536)))
-    )
-
-
-@fault("endless-event")
 def endless_event(answer: Answer, _: Argument) -> None:
-    """One event without end: lines, never a blank one (empty NDJSON objects)."""
     text = b"data: another line of the same event\n" if answer.is_sse else b"{}\n"
-    answer.flood(itertools.repeat(Event(text * 1000)))
+    answer.flood([], [Event(text * 1000)])
 
 
-@fault("endless-answer")
 def endless_answer(answer: Answer, _: Argument) -> None:
-    """Good deltas of text that never end, as fast as they are read."""
-    delta = answer.call.protocol.delta(answer.call, "and so on, and so on, ").data
-    start = first_events(answer.steps, 1)
-    answer.flood(itertools.chain(start, itertools.repeat(Event(delta * 100))))
+    more = answer.delta("and so on, and so on, ") * 100
+    answer.flood(first_events(answer.steps, 1), [Event(more)])
 
 
-@fault("empty-events")
-def empty_events(answer: Answer, _: Argument) -> None:
-    """A flood of blank lines and of events without data."""
-    answer.flood(itertools.repeat(Event(b"\n\nevent: nothing\n\nid\n\n:\n\n" * 2000)))
-
-
-@fault("bomb")
 def bomb(answer: Answer, _: Argument) -> None:
-    """An endless line, a thousand times larger than what is sent, by gzip."""
     answer.framing = "gzip"
-    answer.flood(
-        itertools.chain([Event(b"data: ")], itertools.repeat(Event(b"a" * (1 << 20))))
-    )
+    answer.flood([LINE], [Event(b"a" * (1 << 20))])
+
+
+# The table
+
+
+class Fault(NamedTuple):
+    """How a fault is made: by a function that changes the answer, or returns the steps
+    of another body. An argument is needed where there is no default.
+    """
+
+    apply: FaultFunction
+    default: Argument = None
+    convert: Callable[[str], Argument] = int
+
+
+DROP, RESET, STALL = Stop("drop"), Stop("reset"), Stop("stall")
+LINE = Event(b"data: ")
+MAIL = Raw(b"220 mail.example.org ESMTP ready\r\n")
+NOTHINGS = b"\n\nevent: nothing\n\nid\n\n:\n\n" * 2000
+FAULTS = {
+    "ok": Fault(lambda a, _: None),
+    # Cuts
+    "drop": Fault(lambda a, n: cut(a, n, DROP), BYTES),
+    "drop-event": Fault(lambda a, n: cut_event(a, n, DROP), EVENTS),
+    "drop-chunk": Fault(drop_chunk, BYTES),
+    "reset": Fault(lambda a, n: cut(a, n, RESET), BYTES),
+    "reset-event": Fault(lambda a, n: cut_event(a, n, RESET), EVENTS),
+    "end": Fault(lambda a, n: cut(a, n), BYTES),
+    "end-event": Fault(lambda a, n: cut_event(a, n), EVENTS),
+    "bad-chunk": Fault(lambda a, n: cut_event(a, n, Raw(b"what?\r\n"), DROP), EVENTS),
+    # Silence and noise
+    "stall": Fault(lambda a, n: cut(a, n, STALL), BYTES),
+    "stall-event": Fault(lambda a, n: cut_event(a, n, STALL), EVENTS),
+    "slow-first": Fault(
+        lambda a, s: itertools.chain([Pause(s)], a.steps), convert=float
+    ),
+    "drip": Fault(lambda a, s: dripped(a.steps, s), 0.001, float),
+    "pings": Fault(lambda a, n: pinged(a.steps, [a.comment()] * n), 1),
+    "ping-forever": Fault(lambda a, n: for_ever(a, n, a.comment().data), EVENTS),
+    "drip-forever": Fault(drip_forever, EVENTS),
+    "empty-deltas": Fault(lambda a, n: for_ever(a, n, a.delta("")), EVENTS),
+    # The end
+    "no-done": Fault(lambda a, _: without(a.steps, "end", "last")),
+    "no-finish": Fault(lambda a, _: without(a.steps, "finish", "last")),
+    "finish-then-stall": Fault(lambda a, _: cut_finish(a, STALL)),
+    "finish-then-reset": Fault(lambda a, _: cut_finish(a, RESET)),
+    "finish-then-error": Fault(lambda a, _: cut_finish(a, a.error(OVERLOADED))),
+    "done-then-open": Fault(lambda a, _: itertools.chain(a.steps, [STALL])),
+    # Errors in the stream
+    "error-event": Fault(lambda a, n: cut_event(a, n, a.error(OVERLOADED)), EVENTS),
+    "error-event-done": Fault(error_event_done, EVENTS),
+    "fatal-error": Fault(lambda a, n: cut_event(a, n, a.error(INVALID)), EVENTS),
+    "named-error": Fault(named_error, EVENTS),
+    "stray-error": Fault(stray_error, EVENTS),
+    "bare-error": Fault(bare_error, EVENTS),
+    "malformed": Fault(malformed, EVENTS),
+    "garbage": Fault(garbage, EVENTS),
+    "different": Fault(different),
+    # Other answers than a stream
+    "status": Fault(status, convert=parse_status),
+    "quota": Fault(lambda a, _: a.json(429, a.call.protocol.error(QUOTA))),
+    "html": Fault(html, 502),
+    "json": Fault(lambda a, _: a.json(200, a.call.protocol.whole(a.call))),
+    "json-error": Fault(lambda a, _: a.json(200, a.call.protocol.error(OVERLOADED))),
+    "empty": Fault(lambda a, _: []),
+    "redirect": Fault(redirect, convert=str),
+    # No answer, or no HTTP
+    "refuse": Fault(lambda a, _: a.begin(lambda head: [DROP])),
+    "no-http": Fault(lambda a, _: a.begin(lambda head: [MAIL, DROP])),
+    "header-cut": Fault(lambda a, _: a.begin(lambda head: [half(head), DROP])),
+    "headers-stall": Fault(lambda a, _: a.begin(lambda head: [half(head), STALL])),
+    "headers-drip": Fault(headers_drip, 0.05, float),
+    # Without end
+    "endless-line": Fault(lambda a, _: a.flood([LINE], [Event(b"a" * 65536)])),
+    "endless-event": Fault(endless_event),
+    "endless-answer": Fault(endless_answer),
+    "empty-events": Fault(lambda a, _: a.flood([], [Event(NOTHINGS)])),
+    "bomb": Fault(bomb),
+}
+USAGES = {text.partition(":")[0]: text for text in re.findall(r"(?m)^[a-z]\S*", TABLE)}
+
+
+def fault_table() -> str:
+    """Return the table of faults in reStructuredText."""
+    return TABLE.strip()
+
+
+def parse_fault(text: str) -> Callable[[Answer], None]:
+    """Compile ``name:argument+name:argument`` to one function; unknown names and bad
+    arguments are ValueErrors.
+    """
+    parts = [compile_fault(part) for part in re.split(r"\+(?=[a-z])", text)]
+
+    def apply(answer: Answer) -> None:
+        for function, argument in parts:
+            steps = function(answer, argument)
+            if steps is not None:
+                answer.steps = steps
+
+    return apply
+
+
+def compile_fault(text: str) -> tuple[FaultFunction, Argument]:
+    name, colon, argument = text.strip().partition(":")
+    if name not in FAULTS:
+        known = " ".join(FAULTS)
+        raise ValueError(f"unknown fault {name!r}, known are: {known}")
+    row, usage = FAULTS[name], USAGES[name]
+    if colon and ":" not in usage:
+        raise ValueError(f"fault {name!r} takes no argument")
+    if not colon and ":" in usage and row.default is None:
+        raise ValueError(f"fault {name!r} needs an argument: {usage}")
+    try:
+        return row.apply, row.convert(argument) if colon else row.default
+    except ValueError:
+        raise ValueError(f"bad argument in {text!r}, wanted is {usage}") from None
 
 
 # -----------------------------------------------------------------------------
@@ -2417,6 +1820,9 @@ def read_body(connection: Connection, headers: dict[str, str]) -> bytes:
             return body
 
 
+AnyListener = TypeVar("AnyListener", bound="Listener")
+
+
 class Listener:
     """A loopback server with a thread for each connection; a context manager that
     leaves nothing behind.
@@ -2446,6 +1852,10 @@ class Listener:
             target=self._accept, name="flaky-accept", daemon=True
         )
         self._acceptor.start()
+
+    def __enter__(self: AnyListener) -> AnyListener:  # noqa: PYI019  (Self: 3.11)
+        self.start()
+        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
@@ -2545,12 +1955,10 @@ class Turn:
 
     def __init__(self, entry: str | Scripted) -> None:
         self.function = None if isinstance(entry, str) else entry
-        self.name = (
-            entry
-            if isinstance(entry, str)
-            else getattr(entry, "__name__", "a function")
-        )
-        self.rewrite = parse_fault(self.name if isinstance(entry, str) else "ok")
+        self.name = str(getattr(entry, "__name__", "a function"))
+        if isinstance(entry, str):
+            self.name = entry
+        self.rewrite = parse_fault(entry if isinstance(entry, str) else "ok")
 
 
 class FlakyServer(Listener):
@@ -2609,10 +2017,6 @@ class FlakyServer(Listener):
         self._script = [Turn(entry) for entry in script]
         self._loop = loop
         self._memory: dict[str, Call] = {}
-
-    def __enter__(self) -> FlakyServer:  # noqa: PYI034  (Self needs Python 3.11)
-        self.start()
-        return self
 
     def handle(self, connection: Connection) -> bool:
         request = read_request(connection)
@@ -2694,191 +2098,39 @@ def transcript(
 
 
 # -----------------------------------------------------------------------------
-# Beside the server
-# -----------------------------------------------------------------------------
-
-
-class ConnectProxy(Listener):
-    """An HTTP proxy for loopback targets: CONNECT tunnels, and plain requests.
-
-    :attr:`requests` has what it was asked; the path of a CONNECT is ``host:port``.
-    """
-
-    def __enter__(self) -> ConnectProxy:  # noqa: PYI034  (Self needs Python 3.11)
-        self.start()
-        return self
-
-    def handle(self, connection: Connection) -> bool:
-        request = read_request(connection)
-        self.record(request)
-        tunnel = request.method == "CONNECT"
-        target = urlsplit("//" + request.target if tunnel else request.target)
-        if target.hostname not in ("localhost", "127.0.0.1", "::1"):
-            refuse_tunnel(connection, "403 Loopback Only")
-            return False
-        try:
-            upstream = socket.create_connection(
-                (target.hostname, target.port or 80), timeout=10
-            )
-        except OSError:
-            refuse_tunnel(connection, "502 No Such Target")
-            return False
-        if tunnel:
-            connection.send(b"HTTP/1.1 200 Connection Established\r\n\r\n")
-            upstream.sendall(connection.received)
-        else:
-            upstream.sendall(
-                forwarded(
-                    request, target.path + ("?" + target.query if target.query else "")
-                )
-            )
-        self.relay(connection, upstream)
-        return False
-
-    def relay(self, connection: Connection, upstream: socket.socket) -> None:
-        """Carry bytes both ways until one side ends."""
-        back = threading.Thread(
-            target=pump,
-            args=(upstream, connection.sock, connection.deadline),
-            daemon=True,
-        )
-        back.start()
-        pump(connection.sock, upstream, connection.deadline)
-        back.join(5)
-        upstream.close()
-
-
-def refuse_tunnel(connection: Connection, status: str) -> None:
-    head = f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-    connection.send(head.encode("latin-1"))
-
-
-def pump(source: socket.socket, target: socket.socket, deadline: float) -> None:
-    """Carry bytes from *source* to *target* until either ends, then end both."""
-    try:
-        source.settimeout(max(0.001, deadline - time.monotonic()))
-        for data in iter(lambda: source.recv(65536), b""):
-            target.sendall(data)
-    except (OSError, ValueError):
-        pass
-    wake(source)
-    wake(target)
-
-
-def forwarded(request: Request, target: str) -> bytes:
-    """Return the request as the origin server wants it, with an end of the connection
-    after the answer.
-    """
-    headers = {
-        name: value
-        for name, value in request.headers.items()
-        if not name.startswith("proxy-")
-        and name not in ("connection", "transfer-encoding", "content-length")
-    }
-    headers.update({"connection": "close", "content-length": str(len(request.body))})
-    lines = ["{} {} HTTP/1.1".format(request.method, target or "/")]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + request.body
-
-
-def self_signed(folder: str | Path) -> tuple[str, str]:
-    """Make a certificate for localhost and 127.0.0.1 by the ``openssl`` command; return
-    the paths of it and its key.
-    """
-    cert, key = str(Path(folder) / "cert.pem"), str(Path(folder) / "key.pem")
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-days",
-        "30",
-        "-subj",
-        "/CN=localhost",
-        "-addext",
-        "subjectAltName=DNS:localhost,IP:127.0.0.1",
-        "-keyout",
-        key,
-        "-out",
-        cert,
-    ]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except FileNotFoundError:
-        raise RuntimeError(
-            "self_signed() needs the openssl command, which is not installed"
-        ) from None
-    except subprocess.CalledProcessError as error:
-        raise RuntimeError(
-            "openssl failed: " + error.stderr.decode("utf-8", "replace")
-        ) from None
-    return cert, key
-
-
-# -----------------------------------------------------------------------------
 # Command line
 # -----------------------------------------------------------------------------
 
 
-def parser() -> argparse.ArgumentParser:
+def main(arguments: Sequence[str] | None = None) -> int:
     command = argparse.ArgumentParser(
         description="A scripted, faulty LLM server on the loopback interface."
     )
-    command.add_argument(
-        "--port", type=int, default=8000, help="default 8000; 0 for any"
-    )
-    command.add_argument(
-        "--script", default="", help="faults, separated by commas: drop:200,stall,ok"
-    )
-    command.add_argument(
-        "--loop", action="store_true", help="start the script again at its end"
-    )
-    command.add_argument("--text", default=STORY, help="what the server tells")
-    command.add_argument(
-        "--delay",
-        type=float,
-        default=0.02,
-        help="seconds before each delta, default 0.02",
-    )
-    command.add_argument("--framing", choices=list(FRAMINGS), default="chunked")
-    command.add_argument(
-        "--lifetime",
-        type=float,
-        default=600,
-        help="seconds until it stops, default 600",
-    )
-    command.add_argument(
-        "--list", action="store_true", help="print the table of faults"
-    )
-    return command
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    command = parser()
-    options = command.parse_args(arguments)
-    if options.list:
+    add = command.add_argument
+    add("--port", type=int, default=8000, help="default 8000; 0 for any")
+    faults = "faults, separated by commas: drop:200,stall,ok"
+    add("--script", default="", help=faults)
+    add("--loop", action="store_true", help="start the script again at its end")
+    add("--text", default=STORY, help="what the server tells")
+    pause = "seconds before each delta, default 0.02"
+    add("--delay", type=float, default=0.02, help=pause)
+    add("--framing", choices=list(FRAMINGS), default="chunked")
+    life = "seconds until it stops, default 600"
+    add("--lifetime", type=float, default=600, help=life)
+    add("--list", action="store_true", help="print the table of faults")
+    options = vars(command.parse_args(arguments))
+    if options.pop("list"):
         print(fault_table())
         return 0
-    script = [part for part in re.split(r",(?=[a-z])", options.script) if part]
+    script = [part for part in re.split(r",(?=[a-z])", options.pop("script")) if part]
     try:
-        server = FlakyServer(
-            options.text,
-            script,
-            port=options.port,
-            loop=options.loop,
-            log=say,
-            delay=options.delay,
-            framing=options.framing,
-            lifetime=options.lifetime,
-        )
+        server = FlakyServer(script=script, log=say, **options)
     except ValueError as error:
         command.error(str(error))
     try:
         serve(server)
     except OSError as error:
-        command.error(f"cannot listen on port {options.port}: {error}")
+        command.error("cannot listen on port {}: {}".format(options["port"], error))
     return 0
 
 
