@@ -122,10 +122,8 @@ class Request:
 
     @property
     def persistent(self) -> bool:
-        return (
-            self.version == "HTTP/1.1"
-            and self.headers.get("connection", "").lower() != "close"
-        )
+        wish = self.headers.get("connection", "").lower()
+        return self.version == "HTTP/1.1" and wish != "close"
 
     def __repr__(self) -> str:
         return f"<Request {self.number} {self.method} {self.target}>"
@@ -148,10 +146,9 @@ class Options:
     reconnection_ms: int | None = None
 
     def __post_init__(self) -> None:
+        modes = ("exact", "repeat", "ignore", "refuse")
         one_of("framing", self.framing, FRAMINGS)
-        one_of(
-            "continuation", self.continuation, ("exact", "repeat", "ignore", "refuse")
-        )
+        one_of("continuation", self.continuation, modes)
         one_of("eol", self.eol, (None, "\n", "\r\n", "\r"))
         if not isinstance(self.pieces, int):
             object.__setattr__(self, "text", "".join(self.pieces))
@@ -160,11 +157,8 @@ class Options:
 def one_of(name: str, value: object, known: Iterable[object]) -> None:
     """Raise :exc:`ValueError` unless *value* is a *known* one."""
     if value not in known:
-        raise ValueError(
-            "unknown {} {!r}, known are: {}".format(
-                name, value, ", ".join(map(repr, known))
-            )
-        )
+        names = ", ".join(map(repr, known))
+        raise ValueError(f"unknown {name} {value!r}, known are: {names}")
 
 
 class Step:
@@ -236,9 +230,7 @@ def dumps(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     try:
         text.encode("utf-8")
-    except (
-        UnicodeEncodeError
-    ):  # half of a surrogate pair, which only an escape can carry
+    except UnicodeEncodeError:  # half of a surrogate pair: an escape can carry it
         return json.dumps(value, separators=(",", ":"))
     return text
 
@@ -272,7 +264,7 @@ def plain(content: object) -> str:
     return content if isinstance(content, str) else ""
 
 
-def last_turn(messages: object, role: str = "assistant", key: str = "content") -> str:
+def last_turn(messages: object, role: str, key: str) -> str:
     """Return the text of the last message if it is the model's own: the prefix to
     continue.
     """
@@ -428,12 +420,17 @@ class Protocol:
     methods: Sequence[str] = ("POST",)
     media = "text/event-stream"
     eol = "\n"
+    #: Where the request has what is to be continued: messages, or a prompt.
+    turns_key, own_role, text_key = "messages", "assistant", "content"
+    prompt_key = ""
 
     def prefix(self, body: JSON, text: str) -> str:
         """Return the part of the answer that the request already has and asks to
-        continue: by default, a last message of the model's own.
+        continue: the end of its prompt, or a last message of the model's own.
         """
-        return last_turn(body.get("messages"))
+        if self.prompt_key:
+            return overlap(str(body.get(self.prompt_key) or ""), text)
+        return last_turn(body.get(self.turns_key), self.own_role, self.text_key)
 
     def refuses(self, call: Call, prefix: str) -> str:
         """Return why the provider would answer 400, if it would."""
@@ -554,12 +551,9 @@ class OpenAICompletions(OpenAIChat):
     the text.
     """
 
-    path = "/completions"
+    path, prompt_key = "/completions", "prompt"
     id_prefix, chunk_object = "cmpl-", "text_completion"
     whole_object = "text_completion"
-
-    def prefix(self, body: JSON, text: str) -> str:
-        return overlap(str(body.get("prompt") or ""), text)
 
     def events(self, call: Call) -> Iterator[Event]:
         for piece in call.pieces:
@@ -581,9 +575,7 @@ class OpenAIResponses(Protocol):
 
     path = r"/responses|/responses/[^/]+(?:/cancel)?"
     methods = ("POST", "GET")
-
-    def prefix(self, body: JSON, text: str) -> str:
-        return ""
+    turns_key = ""  # it continues nothing
 
     def wants_stream(self, request: Request) -> bool:
         asked = (request.query.get("stream"), dumps(request.fields.get("stream")))
@@ -853,10 +845,7 @@ class OllamaGenerate(Ollama):
     continued.
     """
 
-    path = "/api/generate"
-
-    def prefix(self, body: JSON, text: str) -> str:
-        return overlap(str(body.get("prompt") or ""), text)
+    path, prompt_key = "/api/generate", "prompt"
 
     def says(self, text: str, thought: str = "") -> JSON:
         return {"response": text, **({"thinking": thought} if thought else {})}
@@ -872,9 +861,7 @@ class Gemini(Protocol):
 
     path = "/models/[^/]+:(?:stream)?[gG]enerateContent"
     eol = "\r\n"
-
-    def prefix(self, body: JSON, text: str) -> str:
-        return last_turn(body.get("contents"), "model", "parts")
+    turns_key, own_role, text_key = "contents", "model", "parts"
 
     def wants_stream(self, request: Request) -> bool:
         return request.path.endswith(":streamGenerateContent")
@@ -1008,10 +995,7 @@ class TextGeneration(Protocol):
     space after ``data:``.
     """
 
-    path = "/generate_stream|/generate"
-
-    def prefix(self, body: JSON, text: str) -> str:
-        return overlap(str(body.get("inputs") or ""), text)
+    path, prompt_key = "/generate_stream|/generate", "inputs"
 
     def wants_stream(self, request: Request) -> bool:
         return request.path.endswith("_stream")
@@ -1052,9 +1036,7 @@ class PlainEvents(Protocol):
 
     path = "/events"
     methods = ("GET", "POST")
-
-    def prefix(self, body: JSON, text: str) -> str:
-        return ""
+    turns_key = ""  # it continues nothing
 
     def wants_stream(self, request: Request) -> bool:
         return True
@@ -1669,11 +1651,9 @@ def send_answer(connection: Connection, answer: Answer) -> bool:
     if not persistent:
         headers["Connection"] = "close"
     sender = sender_class(connection, total)
-    steps = (
-        grouped(answer.steps, options.coalesce)
-        if options.coalesce > 1
-        else answer.steps
-    )
+    steps = answer.steps
+    if options.coalesce > 1:
+        steps = grouped(steps, options.coalesce)
     steps = paced(steps, options.delay) if options.delay else steps
     head = header_block(answer, headers, "1.0" if framing == "http10" else "1.1")
     for step in itertools.chain(answer.head(head), steps):
@@ -1785,22 +1765,16 @@ class Connection:
 
 def wake(sock: socket.socket) -> None:
     """End *sock*, so that a thread that is blocked in it wakes up."""
-    try:
-        socket.socket.shutdown(
-            sock, socket.SHUT_RDWR
-        )  # not that of an SSLSocket, which forgets its encryption
+    try:  # not by the method of an SSLSocket, which forgets its encryption
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
     except OSError:
         pass
 
 
 def read_request(connection: Connection) -> Request:
     """Read one request with its body."""
-    lines = (
-        connection.read_until(b"\r\n\r\n")
-        .decode("latin-1")
-        .lstrip("\r\n")
-        .split("\r\n")
-    )
+    head = connection.read_until(b"\r\n\r\n").decode("latin-1")
+    lines = head.lstrip("\r\n").split("\r\n")
     method, _, rest = lines[0].partition(" ")
     target, _, version = rest.rpartition(" ")
     pairs = (line.partition(":") for line in lines[1:])
@@ -1920,12 +1894,8 @@ class Listener:
             while self.handle(connection):
                 pass
             connection.close()
-        except (
-            Closed,
-            OSError,
-            ValueError,
-        ):  # or a handshake that failed, or a request that is none
-            pass
+        except (Closed, OSError, ValueError):
+            pass  # or a handshake that failed, or a request that is none
         finally:
             connection.sock.close()
             with self._lock:
@@ -2023,9 +1993,8 @@ class FlakyServer(Listener):
         self.record(request)
         turn = self._turn(request.number - 1)
         if self._log:
-            self._log(
-                f"{request.number:>4} {request.method} {request.target} -> {turn.name}"
-            )
+            asked = f"{request.number:>4} {request.method} {request.target}"
+            self._log(f"{asked} -> {turn.name}")
         if turn.function:
             turn.function(connection, request)
             return False
@@ -2058,9 +2027,8 @@ def reply(request: Request, options: Options, memory: dict[str, Call]) -> Answer
 
 def find_protocol(request: Request) -> Protocol:
     for protocol in PROTOCOLS:
-        if request.method in protocol.methods and re.search(
-            f"(?:{protocol.path})$", request.path
-        ):
+        is_there = re.search(f"(?:{protocol.path})$", request.path)
+        if is_there and request.method in protocol.methods:
             return protocol
     return Nothing()
 
@@ -2074,9 +2042,8 @@ def continued(call: Call) -> Call:
     mode = call.options.continuation
     known = len(prefix) if call.whole.startswith(prefix) else 0
     rest = call.whole[known:]
-    return replace(
-        call, text={"exact": rest, "repeat": prefix + rest}.get(mode, call.whole)
-    )
+    texts = {"exact": rest, "repeat": prefix + rest}
+    return replace(call, text=texts.get(mode, call.whole))
 
 
 def transcript(
