@@ -416,6 +416,7 @@ class Protocol:
     something went wrong.
     """
 
+    name = ""
     path = ""  # a regular expression, matched at the end of the path
     methods: Sequence[str] = ("POST",)
     media = "text/event-stream"
@@ -471,6 +472,7 @@ class OpenAIChat(Protocol):
     none is taken for another.
     """
 
+    name = "openai"
     path = "/chat/completions"
     id_prefix, chunk_object = "chatcmpl-", "chat.completion.chunk"
     whole_object = "chat.completion"
@@ -551,6 +553,7 @@ class OpenAICompletions(OpenAIChat):
     the text.
     """
 
+    name = "openai-completions"
     path, prompt_key = "/completions", "prompt"
     id_prefix, chunk_object = "cmpl-", "text_completion"
     whole_object = "text_completion"
@@ -573,6 +576,7 @@ class OpenAIResponses(Protocol):
     sequence number.
     """
 
+    name = "openai-responses"
     path = r"/responses|/responses/[^/]+(?:/cancel)?"
     methods = ("POST", "GET")
     turns_key = ""  # it continues nothing
@@ -700,6 +704,7 @@ class Anthropic(Protocol):
     white space.
     """
 
+    name = "anthropic"
     path = "/messages"
 
     def refuses(self, call: Call, prefix: str) -> str:
@@ -786,6 +791,7 @@ class Ollama(Protocol):
     message is continued.
     """
 
+    name = "ollama"
     path = "/api/chat"
     media = "application/x-ndjson"
 
@@ -845,6 +851,7 @@ class OllamaGenerate(Ollama):
     continued.
     """
 
+    name = "ollama-generate"
     path, prompt_key = "/api/generate", "prompt"
 
     def says(self, text: str, thought: str = "") -> JSON:
@@ -859,6 +866,7 @@ class Gemini(Protocol):
     is the only end marker.
     """
 
+    name = "gemini"
     path = "/models/[^/]+:(?:stream)?[gG]enerateContent"
     eol = "\r\n"
     turns_key, own_role, text_key = "contents", "model", "parts"
@@ -927,6 +935,7 @@ class Cohere(Protocol):
     real one does not promise.
     """
 
+    name = "cohere"
     path = "/v2/chat"
 
     def events(self, call: Call) -> Iterator[Event]:
@@ -995,6 +1004,7 @@ class TextGeneration(Protocol):
     space after ``data:``.
     """
 
+    name = "tgi"
     path, prompt_key = "/generate_stream|/generate", "inputs"
 
     def wants_stream(self, request: Request) -> bool:
@@ -1034,6 +1044,7 @@ class PlainEvents(Protocol):
     again after the last one gets 204, which means: come no more.
     """
 
+    name = "events"
     path = "/events"
     methods = ("GET", "POST")
     turns_key = ""  # it continues nothing
