@@ -978,10 +978,10 @@ class SSEDecoder:
         self.last_event_id = last_event_id
         #: The server's reconnection time in seconds; None if it never sent one.
         self.reconnection_time: float | None = None
-        self._limits = limits
-        sizes = [size for size in (limits.line, limits.event) if size is not None]
+        sizes = {"line": limits.line, "event": limits.event}
+        self._most = {k: math.inf if v is None else v for k, v in sizes.items()}
         # What is not longer than the smaller limit passes neither: it is not measured.
-        self._harmless = min(sizes, default=math.inf)
+        self._harmless = min(self._most.values())
         # The first bytes, while they may be half of a BOM; None once that is settled.
         self._head: bytes | None = b""
         # A CR ends its line at once, so that no event waits for one byte more; a line
@@ -1034,14 +1034,13 @@ class SSEDecoder:
         return len(rest)
 
     def _check(self) -> None:
-        if self._excess:
+        name = self._excess
+        if name:
+            what = "a line" if name == "line" else "an event"
             raise StreamLimitError(
-                "the stream has {} of more than {} bytes; Limits({}=...) allows more".format(
-                    "a line" if self._excess == "line" else "an event",
-                    getattr(self._limits, self._excess),
-                    self._excess,
-                ),
-                limit=self._excess,
+                f"the stream has {what} of more than {self._most[name]} bytes; "
+                f"Limits({name}=...) allows more",
+                limit=name,
             )
 
     def _frame(self, chunk: bytes) -> bytes:
@@ -1057,8 +1056,9 @@ class SSEDecoder:
             cut += len(end)
         else:  # the blank line may have begun in the bytes kept, or be the first of all
             cut = 1 if not self._line and chunk.startswith(b"\n") else 0
-        region = bytes(self._pending) + chunk[:cut] if cut else b""
-        if region:
+        region = b""
+        if cut:
+            region = bytes(self._pending) + chunk[:cut]
             self._pending, self._line = bytearray(), 0
         if len(region) > self._harmless:
             region = self._bounded(region)
@@ -1088,13 +1088,14 @@ class SSEDecoder:
         if self._excess:
             return  # an error is due: nothing more need be kept
         self._pending += chunk
-        lines = list(map(len, chunk.split(b"\n")))
-        lines[0] += self._line
-        self._line = lines[-1]
         if len(self._pending) > self._harmless:
+            first, *others = map(len, chunk.split(b"\n"))
             # The line feed at its end may be half of the terminator, which is no data.
             size = len(self._pending) - self._pending.endswith(b"\n")
-            self._excess = self._exceeded(max(lines), size)
+            longest = max(self._line + first, *others, 0)
+            self._excess = self._exceeded(line=longest, event=size)
+        end = chunk.rfind(b"\n") + 1
+        self._line = len(chunk) - end + (0 if end else self._line)
 
     def _bounded(self, region: bytes) -> bytes:
         """Cut the region off before the first block that is too large."""
@@ -1103,19 +1104,14 @@ class SSEDecoder:
             longest = max(map(len, block.split(b"\n")))
             # An odd blank line stands before its block, and does not belong to it.
             size = len(block) - block.startswith(b"\n")
-            self._excess = self._exceeded(longest, size)
+            self._excess = self._exceeded(line=longest, event=size)
             if self._excess:
                 return region[:start]
             start += len(block) + len(self._terminator)
         return region
 
-    def _exceeded(self, line: int, event: int) -> str:
-        limits = self._limits
-        if limits.line is not None and line > limits.line:
-            return "line"
-        if limits.event is not None and event > limits.event:
-            return "event"
-        return ""
+    def _exceeded(self, **sizes: int) -> str:
+        return next((k for k, size in sizes.items() if size > self._most[k]), "")
 
     def _parse(self, region: bytes) -> list[ServerSentEvent]:
         """Turn complete blocks into events."""
@@ -1130,16 +1126,19 @@ class SSEDecoder:
             blocks = _decoded(region).split("\n\n")
             return [event for block in blocks for event in self._dispatch(block)]
         ids, names, data = parts[1::4], parts[2::4], parts[3::4]
-        known = {name: _decoded(name or b"message") for name in set(names)}
-        all_ids: Iterable[str] = same(self.last_event_id)
+        all_names: Iterable[str] = same("message")
+        if any(names):
+            known = {name: _decoded(name or b"message") for name in set(names)}
+            all_names = map(known.__getitem__, names)
+        last = self.last_event_id
+        all_ids: Iterable[str] = same(last)
         if any(ids):
             all_ids = texts = _decoded_lines([id or b"" for id in ids])
             if None in ids:  # the last event ID stays where none is given
-                last = self.last_event_id
                 for place, text in enumerate(texts):
-                    last = texts[place] = text or last
+                    texts[place] = text or (texts[place - 1] if place else last)
             self.last_event_id = texts[-1]
-        return _new_events(map(known.__getitem__, names), data, all_ids)
+        return _new_events(all_names, data, all_ids)
 
     def _dispatch(self, block: str) -> list[ServerSentEvent]:
         """Interpret the lines of one block."""
@@ -3570,11 +3569,20 @@ DIALECTS: dict[str, Dialect] = {
 
 
 class _EventDecoder(SSEDecoder):
-    """An event stream, with what some servers say outside of data (see README)."""
+    """An event stream; what two kinds of servers say outside of data is an event too."""
 
     def _stray(self, lines: list[str]) -> list[ServerSentEvent]:
-        # An event without a type: the standard gives one to each of its own.
-        return [ServerSentEvent("", "\n".join(lines), "")]
+        text = "\n".join(lines)
+        field, _, value = text.partition(":")  # llama.cpp's "error: {...}"
+        text = value if field == "error" else text  # or Google's JSON in many lines
+        try:
+            document = parse_json(text)
+        except ValueError:
+            return []  # an unknown field, which the standard ignores
+        if field == "error" and not _dict(document).get("error"):
+            document, text = {"error": document}, f'{{"error": {text}}}'
+        is_error = _first_object(document).get("error")
+        return [ServerSentEvent("error", text, "")] if is_error else []
 
 
 class _LineDecoder(SSEDecoder):
@@ -3637,13 +3645,17 @@ class _Shape:
         self._dialect = dialect
         self._event, self._start = found[1] or "message", found.start(2)
         answer = self._read(self._block)
-        piece = self._piece(answer)
-        if answer is None or piece is None:
-            raise ValueError("it does not bring one text alone")
+        piece = answer.out[0] if len(answer.out) == 2 else None  # one, read twice
+        is_side = isinstance(piece, Delta) and (piece.index, piece.kind) != (
+            0,
+            "reasoning",
+        )
+        if piece is None or is_side:
+            raise ValueError("it brings no text, or more than one")
         #: ``text`` or ``reasoning``, and the part of the answer that it belongs to.
         self.kind = piece.kind if isinstance(piece, Delta) else "text"
         self.part = answer.part(self.kind)
-        holes = list(self._holes(str(piece)))
+        holes = list(self._holes(piece))
         edges = [edge for start, end, _ in holes for edge in (start, end)]
         bounds = [0, *edges, len(self._block)]
         literals = [self._block[a:b] for a, b in zip(bounds[::2], bounds[1::2])]
@@ -3676,81 +3688,65 @@ class _Shape:
         numbers = parts[self.cursor :: step] if self.cursor else []
         return parts[::step], texts, list(map(int, numbers))
 
-    def _read(self, block: str) -> Answer | None:
-        """What an event says to an answer; None if it is more than pieces.
+    def _read(self, block: str) -> Answer:
+        """What an event says to an answer.
 
         It is read twice, for what it says the second time depends on the first: such
         an event (a part given once more as a whole, say) teaches nothing.
+
+        :raises ValueError: it says more than pieces of the answer.
         """
         answer, dialect = Answer(), self._dialect
         chunk = parse_json(block[self._start :])
-        if not isinstance(chunk, dict) or chunk.get("error"):
-            return None
         number = _count(chunk.get(dialect.cursor_key))
         answer.cursor = before = None if number is None else number - 1
         dialect.read(chunk, answer, self._event)
         pieces, answer.cursor = list(answer.out), before
         dialect.read(chunk, answer, self._event)
-        if answer.out != pieces * 2:
-            return None
         effects = (answer.error, answer.ended, answer.finishes, answer.usage)
-        if any(effects) or answer.malformed or answer.parts or answer.calls_begun:
-            return None
-        if answer.progress != len(answer.out) or not answer.is_plain:
-            return None
+        counts = (answer.malformed, answer.parts, answer.calls_begun)
+        is_more = any(effects) or any(counts) or chunk.get("error")
+        moves = answer.progress != len(answer.out) or not answer.is_plain
+        if is_more or moves or answer.out != pieces * 2:
+            raise ValueError("it says more than pieces of the answer")
         return answer
 
-    def _piece(self, answer: Answer | None) -> Piece | None:
-        """The piece that an event brings, if it is one that may be text."""
-        if answer is None or len(answer.out) != 2:  # one, read twice
-            return None
-        piece = answer.out[0]
-        other = isinstance(piece, Delta) and (piece.index or piece.kind != "reasoning")
-        return None if other else piece
-
-    def _holes(self, text: str) -> Iterator[tuple[int, int, str]]:
-        """Where the event varies, in order: ``(start, end, kind)``."""
-        dialect, tried = self._dialect, 0
-        for member in _MEMBER.finditer(self._block, self._start):
-            key, value, number = member.groups()
-            if number is not None and key == (dialect.cursor_key or None):
-                yield (*member.span(3), "cursor")
-            elif number is not None and key in dialect.idle_keys:
-                yield (*member.span(3), "number")
-            elif value is not None and self._is_idle(member):
-                yield (*member.span(2), "idle")
-            elif value is not None and parse_json(f'"{value}"') == text:
-                tried += 1
-                if tried > _MOST_HOLES:
-                    raise ValueError("too many strings may be the text")
-                if self._brings(member, text):
-                    yield (*member.span(2), "text")
-        if dialect.pads:
-            end = len(self._block.rstrip()) - 1
-            yield (len(self._block[:end].rstrip()), end, "spaces")
-
-    def _with(self, member: re.Match[str], value: str) -> Answer | None:
+    def _with(self, member: re.Match[str], value: str) -> Answer:
         """What the event says with another string as the value of a member."""
         start, end = member.span(2)
         quoted = jsonlib.dumps(value)[1:-1]
         return self._read(self._block[:start] + quoted + self._block[end:])
 
-    def _is_idle(self, member: re.Match[str]) -> bool:
-        """Whether the dialect does not read a member, whatever its value."""
-        if member[1] not in self._dialect.idle_keys:
-            return False
-        # Where it is empty, another value might be the first one, which is noted.
-        answer = None if member[2] else self._with(member, "?")
-        return bool(member[2]) or (
-            answer is not None and "?" not in (answer.id, answer.model)
+    def _holes(self, piece: Piece) -> Iterator[tuple[int, int, str]]:
+        """Where the event varies, in order: ``(start, end, kind)``."""
+        dialect, text, tried = self._dialect, str(piece), 0
+        other = (
+            piece._replace(text=f"{text}?") if isinstance(piece, Delta) else f"{text}?"
         )
-
-    def _brings(self, member: re.Match[str], text: str) -> bool:
-        """Whether any string as the value of a member would be the text."""
-        without = self._with(member, "")
-        if without is None or without.out:
-            return False  # without it, another one is
-        return str(self._piece(self._with(member, text + "?"))) == text + "?"
+        for member in _MEMBER.finditer(self._block, self._start):
+            key, value, number = member.groups()
+            is_idle = key in dialect.idle_keys
+            if number is not None and key == (dialect.cursor_key or None):
+                yield (*member.span(3), "cursor")
+            elif number is not None and is_idle:
+                yield (*member.span(3), "number")
+            elif value and is_idle:
+                yield (*member.span(2), "idle")
+            elif value == "" and is_idle:  # the first that is not empty may be noted
+                said = self._with(member, "?")
+                if "?" not in (said.id, said.model):
+                    yield (*member.span(2), "idle")
+            elif value and parse_json(f'"{value}"') == text:
+                tried += 1
+                if tried > _MOST_HOLES:
+                    raise ValueError("too many strings may be the text")
+                # Without it there is no text, and any other string would be the text.
+                is_text = not self._with(member, "").out
+                if is_text and self._with(member, str(other)).out == [other] * 2:
+                    yield (*member.span(2), "text")
+        if dialect.pads:
+            end = len(self._block.rstrip()) - 1
+            yield (len(self._block[:end].rstrip()), end, "spaces")
 
 
 def _unescaped(body: str) -> str:
@@ -3788,14 +3784,7 @@ _PATIENCE = 8  # events looked at in vain before it gives up
 _LARGE = 262144  # patterns remember too much of a larger region
 
 #: What a dialect may run into when JSON has an odd shape.
-_ODDITIES = (
-    AttributeError,
-    IndexError,
-    KeyError,
-    TypeError,
-    ValueError,
-    RecursionError,
-)
+_ODDITIES = (AttributeError, LookupError, TypeError, ValueError, RecursionError)
 
 
 class _Intake:
@@ -3927,11 +3916,9 @@ class _Intake:
         answer, kind = self._answer, shape.kind
         self.events += len(texts)
         if numbers:
-            first = -1 if answer.cursor is None else answer.cursor + 1
-            if (
-                numbers == list(range(first, first + len(numbers)))
-                and not answer.skipped
-            ):
+            first = numbers[0]
+            told = answer.cursor == first - 1 and not answer.skipped
+            if told and numbers == list(range(first, first + len(numbers))):
                 answer.cursor = numbers[-1]  # no hole and no repetition among them
             else:
                 pairs = zip(texts, numbers)
@@ -3980,10 +3967,7 @@ class _Intake:
         """
         answer = self._answer
         for event in events:
-            if event.event:
-                self._read_event(event)
-            else:
-                self._read_stray(event.data)
+            self._read_event(event)
             if answer.ended or answer.error is not None:
                 return False
         return True
@@ -4057,18 +4041,6 @@ class _Intake:
                 )
             )
 
-    def _read_stray(self, text: str) -> None:
-        """Errors outside of data: two kinds of servers send them (see README)."""
-        field, _, value = text.partition(":")
-        try:
-            document = parse_json(value if field == "error" else text)
-        except ValueError:
-            return  # an unknown field, which the standard ignores
-        if field == "error" and not _dict(document).get("error"):
-            document = {"error": document}
-        if _first_object(document).get("error"):
-            self._answer.fail(self._dialect.error(document))
-
     def _read_end(self) -> None:
         if self._first is not None:
             message = "the server sent an empty body"
@@ -4078,13 +4050,14 @@ class _Intake:
         if isinstance(decoder, _WholeDecoder):
             self._read_whole(_decoded(rest))
             return
+        # The block that the end cuts off, read as if it had been complete.
         events = decoder._parse(rest + decoder._terminator)
         is_cut = False
         if isinstance(decoder, _EventDecoder):  # a JSON line needs no line feed
             # Data that came whole lacks nothing but the blank line.
-            events = [e for e in events if not e.event or _is_json(e.data)]
+            events = [event for event in events if _is_json(event.data)]
             fields = {line.partition(b":")[0] for line in rest.split(b"\n")}
-            is_cut = not any(e.event for e in events) and not fields <= _IDLE_FIELDS
+            is_cut = not events and not fields <= _IDLE_FIELDS
         self._read_events(events)
         # A final finish reason makes up for what is missing, and without any finish the
         # loop sees the cut; one that may stand on every chunk tells nothing.
