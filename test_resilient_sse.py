@@ -12167,7 +12167,7 @@ JOURNAL_FOREIGN = {
     "another's streams": "CREATE TABLE streams (request, owner)",
     "another's, empty": "CREATE TABLE t (x); DROP TABLE t",
     "another's, write-ahead": "CREATE TABLE t (x); PRAGMA journal_mode = WAL",
-    "newer": f"PRAGMA application_id = {rs._JOURNAL_ID}; PRAGMA user_version = 99",
+    "newer": "PRAGMA application_id = OURS; PRAGMA user_version = 99",
 }
 
 
@@ -12180,7 +12180,7 @@ def test_a_file_that_is_no_journal_is_refused_untouched_before_any_request(
         journal.write_bytes(content)
     else:
         with contextlib.closing(sqlite3.connect(str(journal))) as database:
-            database.executescript(content)
+            database.executescript(content.replace("OURS", str(rs._JOURNAL_ID)))
     journal.chmod(0o644)
     os.utime(journal, (1, 1))
     before = journal.read_bytes()
