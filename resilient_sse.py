@@ -1722,8 +1722,14 @@ class Answer:
         """Hand over the pieces that came since the last call."""
         pieces, self.out = self.out, []
         self.deltas += len(pieces)
-        self._keep_text(pieces[self._noted :] if self._noted else pieces)
-        self._noted = 0
+        new = pieces
+        if self._noted:
+            new, self._noted = pieces[self._noted :], 0
+        try:
+            text = "".join(cast("list[str]", new))
+        except TypeError:  # not all of them are visible text
+            text = "".join(piece for piece in new if isinstance(piece, str))
+        self.received.add(text)
         return pieces
 
     def add_texts(self, kind: str, texts: list[str]) -> None:
@@ -1828,14 +1834,6 @@ class Answer:
             self._side[key] = TextBuffer(room)
         return self._side[key]
 
-    def _keep_text(self, pieces: list[Piece]) -> None:
-        """Keep the visible text among the pieces."""
-        try:
-            text = "".join(cast("list[str]", pieces))
-        except TypeError:  # not all of them are visible text
-            text = "".join(piece for piece in pieces if isinstance(piece, str))
-        self.received.add(text)
-
     def _guard_count(self, count: int) -> None:
         if count >= _MOST_CALLS:
             message = f"the answer has more than {_MOST_CALLS} choices or tool calls"
@@ -1864,8 +1862,8 @@ class Answer:
     def _place(self, kind: str) -> tuple[TextBuffer, int]:
         """All text of that kind in choice 0, and where the next piece will stand."""
         if kind == "text":  # what waits to be taken is a part of it
-            self._keep_text(self.out[self._noted :])
-            self._noted = len(self.out)
+            new, self._noted = self.out[self._noted :], len(self.out)
+            self.received.add("".join(piece for piece in new if isinstance(piece, str)))
             buffer = self.received
         else:
             buffer = self._side.get((kind, 0)) or TextBuffer(Room())
