@@ -6386,7 +6386,7 @@ _Item = TypeVar("_Item")
 _Self = TypeVar("_Self")
 
 
-class _Stream(Generic[_Item]):
+class _Stream(Generic[_Item]):  # noqa: UP046  (its syntax needs Python 3.12)
     """What the public streams share: they are iterators, and can be closed."""
 
     def __init__(self, call: Any, skipped: type | None) -> None:
