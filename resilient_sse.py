@@ -6386,7 +6386,7 @@ _Item = TypeVar("_Item")
 _Self = TypeVar("_Self")
 
 
-class _Stream(Generic[_Item]):  # noqa: UP046  (its syntax needs Python 3.12)
+class _Stream(Generic[_Item]):  # noqa: RUF100, UP046  (for Python 3.12 on)
     """What the public streams share: they are iterators, and can be closed."""
 
     def __init__(self, call: Any, skipped: type | None) -> None:
