@@ -9645,7 +9645,7 @@ def test_what_starts_over_is_as_if_nothing_had_happened(dialect):
         assert whole.tool_calls != ()
         assert (whole.text, whole.reasoning) == (STREAMS_TEXT, "hm 🐸 hm")
         assert whole.finish_reason == "tool_calls"
-        for cut in range(0, size, 37):
+        for cut in range(0, size, 19):
             wire.cuts, wire.requests = [("drop", cut)], []
             again = streams_ask(dialect).complete()
             for name in ("tool_calls", "reasoning", "text", "finish_reason"):
@@ -9658,7 +9658,7 @@ def test_reattaching_hands_out_reasoning_and_tool_calls_exactly_once():
     with streams_wire(STREAMS_TEXT, **STREAMS_RICH) as wire:
         expected = list(ask_background().deltas())
         size = len(wire.reply(wire.requests[0])[1])
-        for cut in range(0, size, 37):
+        for cut in range(0, size, 19):
             wire.cuts, wire.requests = [("drop", cut), ("drop", cut // 2)], []
             stream = ask_background()
             assert list(stream.deltas()) == expected
