@@ -756,6 +756,7 @@ class _Options:
     _takes_none = True
 
     def __init__(self, given: Mapping[str, Any]) -> None:
+        # Given are the locals() of a constructor: each field has its argument's name.
         for name, (types, least, most, needs, size) in self._fields.items():
             value = vars(self)[name] = given[name]
             where = f"{type(self).__name__}({name}={value!r})"
@@ -1028,7 +1029,7 @@ class SSEDecoder:
         :raises StreamLimitError: a limit was passed by the last chunk.
         """
         rest = self._finish()
-        if self._head:
+        if self._head:  # half of a BOM: it is among what is discarded
             self._head = b""
         self._pending, self._line, self._noted = bytearray(), 0, 0
         return len(rest)
@@ -1886,11 +1887,11 @@ class Answer:
             return ""
         if buffer.dropped or not self._is_verbatim:
             return None if kind in self._begun else ""
-        said = ""
-        for start, end in runs:
-            size = (position if end is None else end) - start
-            said += buffer.last(buffer.kept - start)[:size]
-        return said
+        # Decoded once, from where the first run begins: there may be many in turns.
+        first = runs[0][0]
+        text = buffer.last(buffer.kept - first)
+        bounds = ((start, position if end is None else end) for start, end in runs)
+        return "".join(text[start - first : end - first] for start, end in bounds)
 
     def _add_rest(self, kind: str, said: str, whole: str) -> None:
         """Hand out what a whole text has beyond what its pieces said."""
@@ -2789,20 +2790,13 @@ class OpenAIResponses(Dialect):
     """
 
     name = "openai-responses"
-    base_url: str | None = "https://api.openai.com/v1"
-    base_url_names: tuple[str, ...] = ("OPENAI_BASE_URL",)
-    key_names: tuple[str, ...] = ("OPENAI_API_KEY",)
+    base_url = "https://api.openai.com/v1"
+    base_url_names = _words("OPENAI_BASE_URL")
+    key_names = _words("OPENAI_API_KEY")
     path = "/responses"
-    vital_keys: tuple[str, ...] = (
-        "delta",
-        "text",
-        "arguments",
-        "refusal",
-        "response",
-        "error",
-    )
+    vital_keys = _words("delta text arguments refusal response error")
     end_marker = ""
-    idle_keys: tuple[str, ...] = ("obfuscation", "item_id")
+    idle_keys = _words("obfuscation item_id")
     cursor_key = "sequence_number"
     #: The kinds of text, by the name of the events that bring it.
     _kinds: ClassVar[dict[str, str]] = {
@@ -2811,16 +2805,11 @@ class OpenAIResponses(Dialect):
         "reasoning_text": "reasoning",
         "reasoning_summary_text": "reasoning",
     }
-    _ends = (
-        "response.completed",
-        "response.incomplete",
-        "response.failed",
-        "response.cancelled",
+    _ends = _words(
+        "response.completed response.incomplete response.failed response.cancelled"
     )
 
-    def body(
-        self, messages: Messages, model: str | None, params: dict[str, Any]
-    ) -> dict[str, Any]:
+    def body(self, messages: Messages, model: str | None, params: Body) -> Body:
         body = super().body(messages, model, params)
         turns = body.pop("messages")
         lists = [turn if isinstance(turn, list) else [turn] for turn in turns]
@@ -2977,9 +2966,7 @@ class OpenAIResponses(Dialect):
         content = [{"type": "output_text", "text": turn["content"]}]
         return {**turn, "type": "message", "content": content}
 
-    def add_turns(
-        self, body: dict[str, Any], turns: Sequence[tuple[str, str]]
-    ) -> dict[str, Any] | None:
+    def add_turns(self, body: Body, turns: Turns) -> Body | None:
         items = body.get("input")
         if not isinstance(items, list) or not items:
             return None
@@ -3000,29 +2987,21 @@ class Anthropic(Dialect):
     """
 
     name = "anthropic"
-    base_url: str | None = "https://api.anthropic.com"
-    base_url_names: tuple[str, ...] = ("ANTHROPIC_BASE_URL",)
-    key_names: tuple[str, ...] = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
+    base_url = "https://api.anthropic.com"
+    base_url_names = _words("ANTHROPIC_BASE_URL")
+    key_names = _words("ANTHROPIC_API_KEY ANTHROPIC_AUTH_TOKEN")
     path = "/v1/messages"
     end_marker = ""
-    vital_keys: tuple[str, ...] = (
-        "text",
-        "thinking",
-        "partial_json",
-        "stop_reason",
-        "error",
-    )
+    vital_keys = _words("text thinking partial_json stop_reason error")
     repeats_prefix = False
     strips_prefix = True
     pads = True
-    finish_reasons: ClassVar[Mapping[str, str]] = {
-        "end_turn": "stop",
-        "stop_sequence": "stop",
-        "max_tokens": "length",
-        "model_context_window_exceeded": "length",
-        "tool_use": "tool_calls",
-        "refusal": "content_filter",
-    }
+    finish_reasons = _finishes(
+        stop="end_turn stop_sequence",
+        length="max_tokens model_context_window_exceeded",
+        tool_calls="tool_use",
+        content_filter="refusal",
+    )
     #: The model names whose partial answers are continued by prefill.  (A string, as
     #: all patterns that few streams need: to compile them would slow the import.)
     _prefilled = (
@@ -3040,9 +3019,7 @@ class Anthropic(Dialect):
     def headers(self) -> dict[str, str]:
         return {"anthropic-version": "2023-06-01"}
 
-    def body(
-        self, messages: Messages, model: str | None, params: dict[str, Any]
-    ) -> dict[str, Any]:
+    def body(self, messages: Messages, model: str | None, params: Body) -> Body:
         system, turns = _split_system(messages)
         body = super().body(turns, model, {"max_tokens": 4096, **params})
         if system:
@@ -3136,13 +3113,13 @@ class Anthropic(Dialect):
         kept = [b for b in blocks if b.get("type") != "text" or b["text"].strip()]
         return {"role": "assistant", "content": kept}
 
-    def prefill(self, body: dict[str, Any], text: str) -> dict[str, Any] | None:
+    def prefill(self, body: Body, text: str) -> Body | None:
         thinking = _dict(body.get("thinking")).get("type", "disabled")
         if thinking != "disabled" or not text:
             return None
         return super().prefill(body, text)
 
-    def exact(self, body: dict[str, Any]) -> bool:
+    def exact(self, body: Body) -> bool:
         return bool(re.search(self._prefilled, str(body.get("model"))))
 
 
@@ -3153,23 +3130,18 @@ class Gemini(Dialect):
     """
 
     name = "gemini"
-    base_url: str | None = "https://generativelanguage.googleapis.com"
-    base_url_names: tuple[str, ...] = ("GOOGLE_GEMINI_BASE_URL",)
-    key_names: tuple[str, ...] = ("GOOGLE_API_KEY", "GEMINI_API_KEY")
+    base_url = "https://generativelanguage.googleapis.com"
+    base_url_names = _words("GOOGLE_GEMINI_BASE_URL")
+    key_names = _words("GOOGLE_API_KEY GEMINI_API_KEY")
     end_marker = ""
     finish_is_final = False
-    vital_keys: tuple[str, ...] = ("text", "functionCall", "finishReason", "error")
-    idle_keys: tuple[str, ...] = ("responseId", "modelVersion")
-    finish_reasons: ClassVar[Mapping[str, str]] = {
-        "STOP": "stop",
-        "MAX_TOKENS": "length",
-        "SAFETY": "content_filter",
-        "RECITATION": "content_filter",
-        "BLOCKLIST": "content_filter",
-        "PROHIBITED_CONTENT": "content_filter",
-        "SPII": "content_filter",
-        "IMAGE_SAFETY": "content_filter",
-    }
+    vital_keys = _words("text functionCall finishReason error")
+    idle_keys = _words("responseId modelVersion")
+    finish_reasons = _finishes(
+        stop="STOP",
+        length="MAX_TOKENS",
+        content_filter="SAFETY RECITATION BLOCKLIST PROHIBITED_CONTENT SPII IMAGE_SAFETY",
+    )
 
     def url(self, base_url: str, model: str | None) -> str:
         if model is None:
@@ -3185,9 +3157,7 @@ class Gemini(Dialect):
             return super().auth(key)
         return {"x-goog-api-key": key}
 
-    def body(
-        self, messages: Messages, model: str | None, params: dict[str, Any]
-    ) -> dict[str, Any]:
+    def body(self, messages: Messages, model: str | None, params: Body) -> Body:
         system, turns = _split_system(messages)
         body: dict[str, Any] = {"contents": [self._content(turn) for turn in turns]}
         if system:
@@ -3292,9 +3262,7 @@ class Gemini(Dialect):
     def message(self, answer: Answer, text: str) -> Any:
         return {"role": "model", "parts": answer.turn(text) or [{"text": text}]}
 
-    def add_turns(
-        self, body: dict[str, Any], turns: Sequence[tuple[str, str]]
-    ) -> dict[str, Any] | None:
+    def add_turns(self, body: Body, turns: Turns) -> Body | None:
         contents = body.get("contents")
         if not isinstance(contents, list) or not contents:
             return None
@@ -8392,8 +8360,9 @@ class _JournalEntry(Observer):
         if not self.is_whole:
             batches = iter([[piece for batch in batches for piece in batch]])
             answer = chat.answer
-            is_unmarked = answer.ended or (answer.error is None and chat.has_finished)
-            if not is_unmarked:  # or else it was killed before it could note the end
+            # It came whole if that run was killed before it could note as much.
+            came_whole = answer.ended or (answer.error is None and chat.has_finished)
+            if not came_whole:
                 yield from self._resume(chat, next(batches))
                 return
         yield from batches
@@ -8748,7 +8717,6 @@ def _discard(stream: Any) -> None:
         os.dup2(nowhere.fileno(), stream.fileno())  # a stand-in has no fileno
 
 
-_RESUME_MODES = ("auto", "reattach", "continue", "ask", "replay", "never")
 _TIMEOUT_NAMES = ("connect", "first_token", "read", "idle", "total")
 
 
@@ -8769,7 +8737,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--base-url", metavar="URL", help="where the API is, as its SDK calls it")
     add("--dialect", choices=sorted(DIALECTS), default="openai", help="(openai)")
     add("--param", action="append", type=_parameter, default=[], metavar="K=V")
-    add("--resume", choices=_RESUME_MODES, default="auto", help="after a drop (auto)")
+    add("--resume", choices=_MODES, default="auto", help="after a drop (auto)")
     most = "requests at most, the first included"
     add("--attempts", type=int, metavar="N", help=most)
     # Left out of the options unless given: None has its own meaning here.
@@ -8868,7 +8836,7 @@ def _open_stream(options: argparse.Namespace) -> ChatStream:
     timeouts = Timeouts(**{n: given[n] for n in _TIMEOUT_NAMES if n in given})
     retry = Retry() if options.attempts is None else Retry(attempts=options.attempts)
     key = None
-    if options.key_file:
+    if options.key_file is not None:
         with open(options.key_file, encoding="utf-8") as key_file:
             key = key_file.read().strip()
     return stream_chat(
