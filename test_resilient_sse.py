@@ -7700,6 +7700,18 @@ def test_a_stream_closed_before_its_start_ends_for_its_closer_alone():
         assert server.requests == []
 
 
+def test_a_stream_that_its_own_key_function_closes_asks_nothing():
+    with FlakyServer() as server:
+
+        def key():
+            stream.close()
+            return "k"
+
+        stream = net_chat(server, api_key=key)
+        assert list(stream) == []
+        assert server.requests == []
+
+
 def test_of_two_threads_that_close_at_once_the_first_one_did_it():
     with FlakyServer(script=["stall-event:5"]) as server:
         stream = net_chat(server)
